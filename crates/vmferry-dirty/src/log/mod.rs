@@ -1,0 +1,57 @@
+//! Dirty logs: who wrote which page since we last asked.
+//!
+//! A log is the hypervisor's half of dirty tracking. Fetching it (a *sync*) and re-arming it are two
+//! operations, because on every modern mechanism they are (KVM's manual protect, the dirty ring's reset,
+//! userfaultfd write-protect): a page that was reported as written is not reported again until it has been
+//! re-armed. Law 3, *protect before read*, follows: re-arm a page, then read it for sending. A write
+//! between the two is seen by the next sync; the other way round it would be lost.
+
+use crate::units::{BlockIndex, PageRange};
+
+mod vmm_writes;
+
+pub use vmm_writes::{VmmWriteLog, VmmWrites, WithVmmWrites};
+
+/// What went wrong with a dirty log.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The kernel refused an operation on the log.
+    #[error("cannot {action} for RAM block {}: {source}", block.0)]
+    Kernel {
+        /// What was attempted, as a verb phrase ("fetch the dirty log").
+        action: &'static str,
+        /// The block it was attempted on.
+        block: BlockIndex,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+}
+
+/// A source of "these pages were written", one bit a page.
+///
+/// The caller (the engine) serialises `start`, `stop` and `fetch`; `arm` may be called by several threads
+/// at once for different ranges.
+pub trait DirtyLog: Send + Sync {
+    /// Begins tracking writes to every block. From its return on, a write to a page is either reported by a
+    /// later [`fetch`](Self::fetch) or belongs to a page that this log reports as dirty at first anyway.
+    fn start(&self) -> Result<(), LogError>;
+
+    /// Ends tracking. The log is empty afterwards; calling it on a stopped log does nothing.
+    fn stop(&self) -> Result<(), LogError>;
+
+    /// ORs the pages of `block` that were written since they were last armed into `into`: bit `i % 64` of
+    /// word `i / 64` for page `i`. `into` has one bit for each page of the block, rounded up to whole words;
+    /// bits beyond the block's end stay clear.
+    ///
+    /// With [`needs_arming`](Self::needs_arming) the same page is reported again by every fetch until it has
+    /// been armed; without, a fetch arms what it reports.
+    fn fetch(&self, block: BlockIndex, into: &mut [u64]) -> Result<(), LogError>;
+
+    /// Whether fetched pages have to be armed by a call of their own before they are read.
+    fn needs_arming(&self) -> bool;
+
+    /// Re-arms pages of `block`: those of `range` whose bit in `pages` is set, where bit 0 of `pages[0]` is
+    /// the range's first page. Only pages that a fetch has reported may be named: arming forgets the page's
+    /// past writes. `range.start` is a multiple of 64, and so is `range.end` unless it is the block's end.
+    fn arm(&self, block: BlockIndex, range: PageRange, pages: &[u64]) -> Result<(), LogError>;
+}

@@ -1,0 +1,4 @@
+//! The live migration engine.
+
+pub mod ram;
+pub mod seam;

@@ -1,0 +1,114 @@
+//! RAM blocks: the guest's memory as the engine reads and writes it.
+//!
+//! Guest memory is shared with code that obeys no Rust rule (the guest), so no reference to its bytes is
+//! ever formed: it is touched by the kernel (`writev`), by volatile or SIMD loads, and by raw copies.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+use vmferry_dirty::{PAGE_SIZE, PageIndex, PageRange};
+
+/// Longest name that the stream can carry, in bytes.
+pub const MAX_NAME: usize = 255;
+
+/// One contiguous piece of guest memory, mapped into this process.
+///
+/// # Invariants
+///
+/// `host..host + pages * PAGE_SIZE` is mapped readable and writable for as long as `mapping` lives, and
+/// `host` is page-aligned. [`RamBlock::new`] asks its caller for exactly this.
+#[derive(Clone)]
+pub struct RamBlock {
+    name: Arc<str>,
+    host: *mut u8,
+    pages: usize,
+    mapping: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the pointer is only an address of shared memory; every access goes through methods that are sound
+// under concurrent access, and `mapping` (itself Send + Sync) keeps the memory mapped.
+unsafe impl Send for RamBlock {}
+// SAFETY: as for Send.
+unsafe impl Sync for RamBlock {}
+
+/// Why a memory region cannot be a RAM block.
+#[derive(Debug, thiserror::Error)]
+pub enum RamBlockError {
+    /// The stream has one length byte for the name.
+    #[error("RAM block name '{0}' is empty or longer than {MAX_NAME} bytes")]
+    Name(String),
+    /// A page is the smallest thing that can be sent.
+    #[error(
+        "RAM block '{name}' is at {host:#x} with {len:#x} bytes: both must be multiples of {PAGE_SIZE}"
+    )]
+    Alignment {
+        /// The block's name.
+        name: String,
+        /// Its address in this process.
+        host: usize,
+        /// Its length in bytes.
+        len: usize,
+    },
+}
+
+impl RamBlock {
+    /// Describes a mapping as a RAM block. `name` is the block's identity in the stream ("microvm.ram").
+    ///
+    /// # Safety
+    ///
+    /// `host..host + len` must be mapped readable and writable, not be accessed through Rust references
+    /// while the block exists, and stay mapped until `mapping` is dropped.
+    pub unsafe fn new(
+        name: &str,
+        host: *mut u8,
+        len: usize,
+        mapping: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Self, RamBlockError> {
+        if name.is_empty() || name.len() > MAX_NAME {
+            return Err(RamBlockError::Name(name.to_owned()));
+        }
+        if !(host as usize).is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
+            return Err(RamBlockError::Alignment {
+                name: name.to_owned(),
+                host: host as usize,
+                len,
+            });
+        }
+        Ok(RamBlock {
+            name: name.into(),
+            host,
+            pages: len / PAGE_SIZE,
+            mapping,
+        })
+    }
+
+    /// The block's name in the stream.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The block's size in pages.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// The block's size in bytes.
+    pub fn len(&self) -> usize {
+        self.pages * PAGE_SIZE
+    }
+
+    /// Whether the block has no page.
+    pub fn is_empty(&self) -> bool {
+        self.pages == 0
+    }
+}
+
+impl fmt::Debug for RamBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RamBlock")
+            .field("name", &self.name)
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
+    }
+}

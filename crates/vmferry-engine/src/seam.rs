@@ -1,0 +1,94 @@
+//! The seam: what the engine needs to know about a virtual machine, and all it needs to know.
+//!
+//! A VMM author implements [`Guest`] and can then migrate: [`crate::source`] drives it on the
+//! host that the guest leaves, [`crate::destination`] on the host that it comes to. The engine does not
+//! know KVM; `examples/toy.rs` migrates a guest that is a thread writing to a memory region.
+//!
+//! # The order of calls
+//!
+//! | source | destination |
+//! |---|---|
+//! | `ram`, `describe` | `ram` |
+//! | `dirty_log().start()` | `check_description` |
+//! | `dirty_log().fetch()` / `.arm()`, many times | (RAM is written through [`RamBlock`]) |
+//! | `pause` | |
+//! | `save_devices` | |
+//! | a last `fetch`, `.arm()` | `load_devices` |
+//! | `dirty_log().stop()` | `start` if the guest ran on the source |
+//! | on failure before the hand-over: `resume` | |
+//!
+//! # What an implementation guarantees
+//!
+//! - After [`Guest::pause`] has returned, nothing but `save_devices` writes to guest memory until `resume`.
+//! - Every byte written to guest memory, by a vCPU or by the VMM itself, shows in [`Guest::dirty_log`]
+//!   (law 1). `vmferry_dirty::VmmWriteLog` is there for the VMM's own writes.
+//! - On a destination, all RAM reads as zero before the first byte of the stream arrives: zero pages that
+//!   come as the first content of a page are not written, so that memory the guest never used stays free.
+
+use std::time::Duration;
+
+use vmferry_dirty::DirtyLog;
+
+pub use crate::ram::RamBlock;
+pub use vmferry_wire::DeviceState;
+
+/// Why a virtual machine could not do what the engine asked: what was attempted, on what, and what the user
+/// can do, in one sentence.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct GuestError(pub String);
+
+impl GuestError {
+    /// An error from anything that prints itself as a full sentence.
+    pub fn new(why: impl std::fmt::Display) -> Self {
+        GuestError(why.to_string())
+    }
+}
+
+/// Whether the guest's vCPUs were executing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// The guest was running.
+    Running,
+    /// The guest was paused by its user, or had not been started.
+    Paused,
+}
+
+/// A virtual machine, as the engine sees it. All methods are called from the engine's migration thread;
+/// the VMM goes on serving its user meanwhile, hence `&self`.
+pub trait Guest: Send + Sync {
+    /// The guest's RAM blocks, in the order of the stream; the same ones for the guest's whole life.
+    fn ram(&self) -> &[RamBlock];
+
+    /// The log of writes to those blocks.
+    fn dirty_log(&self) -> &dyn DirtyLog;
+
+    /// What a destination must look like to take this guest (vCPUs, devices), in the VMM's own encoding.
+    /// Sent first, so that a misfit is known before any RAM is copied.
+    fn describe(&self) -> Result<DeviceState, GuestError>;
+
+    /// Compares a source's description with this machine; the error says what differs and how to start the
+    /// destination so that it fits.
+    fn check_description(&self, source: &DeviceState) -> Result<(), GuestError>;
+
+    /// Stops the vCPUs and the devices for the switch-over, and says what they were doing. From here until
+    /// [`resume`](Self::resume) the VMM lets nobody else start the guest.
+    fn pause(&self) -> Result<Activity, GuestError>;
+
+    /// Undoes [`pause`](Self::pause) after a migration that failed: the guest goes on as it was before
+    /// (`was` is what `pause` returned), as though nothing had happened.
+    fn resume(&self, was: Activity) -> Result<(), GuestError>;
+
+    /// The state of vCPUs and devices of the paused guest. May write to guest memory (KVM does, for some of
+    /// its paravirtual state), which is why the engine reads the dirty log once more afterwards.
+    fn save_devices(&self) -> Result<Vec<DeviceState>, GuestError>;
+
+    /// Puts the state in place that a source saved. The guest does not run before [`start`](Self::start). The
+    /// error names the section and says what did not fit.
+    fn load_devices(&self, states: &[DeviceState]) -> Result<(), GuestError>;
+
+    /// Starts a guest that arrived. `paused_for` is how long it stood still as seen from here: never longer
+    /// than the true downtime, so that its clocks may be moved on by it. With [`Activity::Paused`] the guest
+    /// arrives paused, and only becomes its user's to start.
+    fn start(&self, activity: Activity, paused_for: Duration) -> Result<(), GuestError>;
+}
