@@ -8,8 +8,10 @@
 
 use crate::units::{BlockIndex, PageRange};
 
+mod kvm;
 mod vmm_writes;
 
+pub use kvm::{KvmDirtyLog, KvmSlot};
 pub use vmm_writes::{VmmWriteLog, VmmWrites, WithVmmWrites};
 
 /// What went wrong with a dirty log.
