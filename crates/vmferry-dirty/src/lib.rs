@@ -1,8 +1,21 @@
 //! Dirty bitmaps for live migration: one bit per page, and who may clear it.
 
+mod arming;
+mod bitmap;
+mod discipline;
 pub mod log;
+mod set;
+mod slice;
+mod sync;
+mod tracker;
 pub mod units;
 mod words;
 
+pub use arming::ArmingChunk;
+pub use bitmap::DirtyBitmap;
+pub use discipline::{Discipline, UnknownDiscipline};
 pub use log::{DirtyLog, LogError};
+pub use set::DirtySet;
+pub use slice::{Cursor, PUBLISH_INTERVAL, Run, Slice};
+pub use tracker::{DirtyTracker, TrackedSlice};
 pub use units::{BlockIndex, PAGE_SIZE, PageIndex, PageRange};

@@ -1,0 +1,123 @@
+//! The dirty bitmap of one RAM block: storage, and operations on single words.
+
+use crate::sync::{AtomicU64, Ordering};
+use crate::units::PageRange;
+use crate::words::{WORD_BITS, for_each_mask};
+
+/// One bit for every page of a RAM block. Set: the page must still be sent.
+///
+/// Every operation is atomic on a word and returns which bits it changed, so that whoever changes a bit, and
+/// nobody else, accounts for it: that is what keeps the count exact (law 2) without a lock.
+///
+/// # Ordering
+///
+/// - Bits are *taken* with Acquire and *set* with Release: a taker that sees a bit also sees what was
+///   written to the page before the bit was set, so the page it then reads is no older than the bit (law 1).
+/// - Looks ahead of a change are Relaxed: they only skip words, and a bit that a look misses is still
+///   there for the next pass.
+#[derive(Debug)]
+pub struct DirtyBitmap {
+    words: Box<[AtomicU64]>,
+    pages: usize,
+}
+
+impl DirtyBitmap {
+    /// A bitmap for `pages` pages, all clean.
+    pub fn new(pages: usize) -> Self {
+        DirtyBitmap {
+            words: (0..pages.div_ceil(WORD_BITS))
+                .map(|_| AtomicU64::new(0))
+                .collect(),
+            pages,
+        }
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Number of words: `pages / 64`, rounded up.
+    pub(crate) fn words(&self) -> usize {
+        self.words.len()
+    }
+
+    /// Whether a page is dirty.
+    pub fn is_dirty(&self, page: usize) -> bool {
+        page < self.pages && self.load(page / WORD_BITS) >> (page % WORD_BITS) & 1 == 1
+    }
+
+    /// Number of dirty pages, by counting. Exact only while nobody changes the bitmap.
+    pub fn count(&self) -> u64 {
+        (0..self.words())
+            .map(|w| u64::from(self.load(w).count_ones()))
+            .sum()
+    }
+
+    pub(crate) fn load(&self, word: usize) -> u64 {
+        self.words[word].load(Ordering::Relaxed)
+    }
+
+    /// Index of the first word at or after `word` that is not zero; one past the last if there is none.
+    pub(crate) fn skip_clean(&self, word: usize) -> usize {
+        // A cache line at a time: loads of atomics are not vectorised, but eight of them and one branch
+        // keep up with memory.
+        const LINE: usize = 8;
+        let mut at = word;
+        while at + LINE <= self.words.len() {
+            let line = &self.words[at..at + LINE];
+            if line.iter().fold(0, |or, w| or | w.load(Ordering::Relaxed)) != 0 {
+                break;
+            }
+            at += LINE;
+        }
+        while at < self.words.len() && self.load(at) == 0 {
+            at += 1;
+        }
+        at
+    }
+
+    /// Clears the bits of `mask`; returns those that were set.
+    pub(crate) fn take(&self, word: usize, mask: u64) -> u64 {
+        let word = &self.words[word];
+        if mask == u64::MAX {
+            word.swap(0, Ordering::Acquire)
+        } else {
+            word.fetch_and(!mask, Ordering::Acquire) & mask
+        }
+    }
+
+    /// Like [`take`](Self::take), for a caller that holds the lock under which all changes are made: no
+    /// read-modify-write is needed then, and the lock orders everything.
+    pub(crate) fn take_locked(&self, word: usize, mask: u64) -> u64 {
+        let word = &self.words[word];
+        let old = word.load(Ordering::Relaxed);
+        word.store(old & !mask, Ordering::Relaxed);
+        old & mask
+    }
+
+    /// Sets the bits of `mask`; returns those that were clear.
+    pub(crate) fn set(&self, word: usize, mask: u64) -> u64 {
+        mask & !self.words[word].fetch_or(mask, Ordering::Release)
+    }
+
+    /// Sets a range, cut to the block; returns how many of its bits were clear.
+    pub(crate) fn set_range(&self, range: PageRange) -> u64 {
+        let mut new = 0;
+        for_each_mask(range.clamp_to(self.pages), |word, mask| {
+            new += u64::from(self.set(word, mask).count_ones());
+        });
+        new
+    }
+
+    /// Clears a range, cut to the block; returns how many of its bits were set.
+    pub(crate) fn clear_range(&self, range: PageRange) -> u64 {
+        let mut gone = 0;
+        for_each_mask(range.clamp_to(self.pages), |word, mask| {
+            if self.load(word) & mask != 0 {
+                gone += u64::from(self.take(word, mask).count_ones());
+            }
+        });
+        gone
+    }
+}

@@ -1,0 +1,186 @@
+//! KVM's dirty log: one bitmap a memory slot, kept by the kernel.
+//!
+//! With `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` (Linux 5.1) fetching (`KVM_GET_DIRTY_LOG`) and re-arming
+//! (`KVM_CLEAR_DIRTY_LOG`, in pieces of whole 64-page words) are two steps; with its initially-set flag
+//! (Linux 5.7) the log starts out full instead of write-protecting all of memory at once when it is switched
+//! on. Both are used where the kernel offers them; without, a fetch re-arms what it reports.
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log,
+    kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iowr_nr;
+
+use super::{DirtyLog, LogError};
+use crate::units::{BlockIndex, PAGE_SIZE, PageRange};
+use crate::words::WORD_BITS;
+
+ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+
+/// A KVM memory slot and the pages of a RAM block that it shows to the guest.
+#[derive(Clone, Copy, Debug)]
+pub struct KvmSlot {
+    /// The slot's number.
+    pub slot: u32,
+    /// Where the guest sees it, in bytes.
+    pub guest_addr: u64,
+    /// Where this process has it mapped, in bytes.
+    pub host_addr: u64,
+    /// The RAM block that the slot is part of.
+    pub block: BlockIndex,
+    /// The slot's first page in that block; a multiple of 64.
+    pub first_page: usize,
+    /// Pages in the slot.
+    pub pages: usize,
+}
+
+impl KvmSlot {
+    fn range(&self) -> PageRange {
+        PageRange::new(self.first_page, self.first_page + self.pages)
+    }
+}
+
+/// The dirty log of a KVM virtual machine, switched on and off for a set of slots.
+///
+/// # Invariant
+///
+/// Every slot in `slots` is registered with the virtual machine exactly as described there, from
+/// [`KvmDirtyLog::new`] on for as long as this value lives.
+pub struct KvmDirtyLog {
+    vm: Arc<VmFd>,
+    slots: Vec<KvmSlot>,
+    manual_protect: bool,
+}
+
+impl KvmDirtyLog {
+    /// Prepares the log of `vm`; the log is off until [`DirtyLog::start`].
+    ///
+    /// # Safety
+    ///
+    /// The slots must be registered with `vm` as described, without flags, and stay registered, and their
+    /// memory mapped, while the returned value lives: the log is switched on by registering them again.
+    pub unsafe fn new(vm: Arc<VmFd>, slots: Vec<KvmSlot>) -> Result<Self, LogError> {
+        assert!(
+            slots.iter().all(|s| s.first_page % WORD_BITS == 0),
+            "a slot begins in the middle of a bitmap word"
+        );
+        let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+        let offered = vm
+            .check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into())
+            .cast_unsigned();
+        let flags = offered & wanted;
+        if flags != 0 {
+            let cap = kvm_enable_cap {
+                cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                args: [flags.into(), 0, 0, 0],
+                ..Default::default()
+            };
+            vm.enable_cap(&cap).map_err(|e| {
+                kernel_error("enable manual protection of the dirty log", BlockIndex(0))(e)
+            })?;
+        }
+        Ok(KvmDirtyLog {
+            vm,
+            slots,
+            manual_protect: flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0,
+        })
+    }
+
+    fn set_flags(&self, flags: u32, action: &'static str) -> Result<(), LogError> {
+        for slot in &self.slots {
+            let region = kvm_userspace_memory_region {
+                slot: slot.slot,
+                flags,
+                guest_phys_addr: slot.guest_addr,
+                memory_size: (slot.pages * PAGE_SIZE) as u64,
+                userspace_addr: slot.host_addr,
+            };
+            // SAFETY: by the type's invariant this very region is registered already and its memory is
+            // mapped; only its flags change.
+            unsafe { self.vm.set_user_memory_region(region) }
+                .map_err(kernel_error(action, slot.block))?;
+        }
+        Ok(())
+    }
+
+    fn slots_of(&self, block: BlockIndex) -> impl Iterator<Item = &KvmSlot> {
+        self.slots.iter().filter(move |s| s.block == block)
+    }
+}
+
+fn kernel_error(action: &'static str, block: BlockIndex) -> impl Fn(kvm_ioctls::Error) -> LogError {
+    move |e| LogError::Kernel {
+        action,
+        block,
+        source: e.into(),
+    }
+}
+
+impl DirtyLog for KvmDirtyLog {
+    fn start(&self) -> Result<(), LogError> {
+        self.set_flags(KVM_MEM_LOG_DIRTY_PAGES, "switch the KVM dirty log on")
+    }
+
+    fn stop(&self) -> Result<(), LogError> {
+        self.set_flags(0, "switch the KVM dirty log off")
+    }
+
+    fn fetch(&self, block: BlockIndex, into: &mut [u64]) -> Result<(), LogError> {
+        for slot in self.slots_of(block) {
+            let words = self
+                .vm
+                .get_dirty_log(slot.slot, slot.pages * PAGE_SIZE)
+                .map_err(kernel_error("fetch the KVM dirty log", block))?;
+            let first = slot.first_page / WORD_BITS;
+            for (to, from) in into[first..].iter_mut().zip(&words) {
+                *to |= from;
+            }
+            // With initially-set, KVM fills its bitmap's last word to the end.
+            if slot.pages % WORD_BITS != 0 {
+                into[first + slot.pages / WORD_BITS] &= (1 << (slot.pages % WORD_BITS)) - 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn needs_arming(&self) -> bool {
+        self.manual_protect
+    }
+
+    fn arm(&self, block: BlockIndex, range: PageRange, pages: &[u64]) -> Result<(), LogError> {
+        for slot in self.slots_of(block) {
+            let here = PageRange::new(
+                range.start.0.max(slot.first_page),
+                range.end.0.min(slot.range().end.0),
+            );
+            if here.is_empty() {
+                continue;
+            }
+            let first_word = (here.start.0 - range.start.0) / WORD_BITS;
+            let words = &pages[first_word..first_word + here.len().div_ceil(WORD_BITS)];
+            let mut clear = kvm_clear_dirty_log {
+                slot: slot.slot,
+                num_pages: here.len() as u32,
+                first_page: (here.start.0 - slot.first_page) as u64,
+                ..Default::default()
+            };
+            clear.__bindgen_anon_1.dirty_bitmap = words.as_ptr().cast_mut().cast();
+            // SAFETY: the kernel reads num_pages bits, rounded up to whole words, from dirty_bitmap, which
+            // `words` holds (sliced above, with bounds checked); it writes nothing through the pointer.
+            let result = unsafe { ioctl_with_ref(&*self.vm, KVM_CLEAR_DIRTY_LOG(), &clear) };
+            if result != 0 {
+                return Err(LogError::Kernel {
+                    action: "re-arm the KVM dirty log",
+                    block,
+                    source: std::io::Error::last_os_error(),
+                });
+            }
+        }
+        Ok(())
+    }
+}

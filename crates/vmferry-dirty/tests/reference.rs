@@ -1,0 +1,190 @@
+//! Long random histories against a plain reference model: a set of page numbers.
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+use vmferry_dirty::{BlockIndex, Cursor, DirtySet, Discipline, PageRange, Run};
+
+const BLOCKS: [usize; 3] = [1, 200, 64 * 5];
+
+#[derive(Clone, Debug)]
+enum Op {
+    Mark(usize, PageRange),
+    Merge(usize, Vec<u64>),
+    Clear(usize, PageRange),
+    /// Take up to so many runs of so many pages, and give every n-th back.
+    Slice {
+        runs: usize,
+        max: usize,
+        give_back: usize,
+    },
+    Rewind,
+}
+
+fn range() -> impl Strategy<Value = PageRange> {
+    (0..400usize, 0..300usize).prop_map(|(start, len)| PageRange::new(start, start + len))
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let block = 0..BLOCKS.len();
+    prop_oneof![
+        (block.clone(), range()).prop_map(|(b, r)| Op::Mark(b, r)),
+        (block.clone(), prop::collection::vec(any::<u64>(), 5)).prop_map(|(b, w)| Op::Merge(b, w)),
+        (block, range()).prop_map(|(b, r)| Op::Clear(b, r)),
+        (1..40usize, 1..150usize, 1..5usize).prop_map(|(runs, max, give_back)| Op::Slice {
+            runs,
+            max,
+            give_back
+        }),
+        Just(Op::Rewind),
+    ]
+}
+
+type Model = BTreeSet<(usize, usize)>;
+
+fn check(set: &DirtySet, model: &Model) {
+    assert_eq!(set.dirty_pages(), model.len() as u64, "law 2: the count");
+    for (block, &pages) in BLOCKS.iter().enumerate() {
+        let bitmap = set.bitmap(BlockIndex(block));
+        let expected = model.iter().filter(|(b, _)| *b == block).count() as u64;
+        assert_eq!(bitmap.count(), expected);
+        for page in 0..pages + 3 {
+            assert_eq!(bitmap.is_dirty(page), model.contains(&(block, page)));
+        }
+    }
+}
+
+fn run_slice(set: &DirtySet, model: &mut Model, cursor: &mut Cursor, op: (usize, usize, usize)) {
+    let (runs, max, give_back) = op;
+    let align = 128;
+    let mut slice = set.slice(cursor);
+    let mut returned: Vec<Run> = Vec::new();
+    for i in 0..runs {
+        let Some(run) = slice.next_run(max, align) else {
+            break;
+        };
+        assert!(!run.pages.is_empty() && run.pages.len() <= max);
+        assert_eq!(run.pages.start.0 / align, (run.pages.end.0 - 1) / align);
+        for page in run.pages.indices() {
+            assert!(model.remove(&(run.block.0, page)), "a clean page was taken");
+        }
+        if i % give_back == 0 {
+            returned.push(run);
+        }
+    }
+    for run in returned {
+        slice.give_back(run);
+        model.extend(run.pages.indices().map(|p| (run.block.0, p)));
+    }
+}
+
+fn apply(set: &DirtySet, model: &mut Model, cursor: &mut Cursor, op: &Op) {
+    match *op {
+        Op::Mark(block, range) => {
+            let pages = range.clamp_to(BLOCKS[block]).indices();
+            let new = pages.filter(|&p| model.insert((block, p))).count();
+            assert_eq!(set.mark(BlockIndex(block), range), new as u64);
+        }
+        Op::Merge(block, ref words) => {
+            let pages = BLOCKS[block];
+            let mut log = words[..pages.div_ceil(64)].to_vec();
+            if !pages.is_multiple_of(64) {
+                *log.last_mut().unwrap() &= (1 << (pages % 64)) - 1;
+            }
+            let bits = (0..pages).filter(|p| log[p / 64] >> (p % 64) & 1 == 1);
+            let new = bits.filter(|&p| model.insert((block, p))).count();
+            assert_eq!(set.merge(BlockIndex(block), &log), new as u64);
+        }
+        Op::Clear(block, range) => {
+            let pages = range.clamp_to(BLOCKS[block]).indices();
+            let gone = pages.filter(|&p| model.remove(&(block, p))).count();
+            assert_eq!(set.clear(BlockIndex(block), range), gone as u64);
+        }
+        Op::Slice {
+            runs,
+            max,
+            give_back,
+        } => run_slice(set, model, cursor, (runs, max, give_back)),
+        Op::Rewind => *cursor = Cursor::default(),
+    }
+}
+
+/// What a whole pass from the start takes is exactly what the model holds.
+fn drain(set: &DirtySet, model: &mut Model) {
+    let mut cursor = Cursor::default();
+    let mut slice = set.slice(&mut cursor);
+    while let Some(run) = slice.next_run(64, 128) {
+        for page in run.pages.indices() {
+            assert!(model.remove(&(run.block.0, page)));
+        }
+    }
+    drop(slice);
+    assert!(model.is_empty(), "a pass left pages behind");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+    #[test]
+    fn every_discipline_behaves_like_a_set_of_pages(ops in prop::collection::vec(op(), 1..120)) {
+        for discipline in Discipline::ALL {
+            let set = DirtySet::new(&BLOCKS, discipline);
+            let mut model = Model::new();
+            let mut cursor = Cursor::default();
+            for op in &ops {
+                apply(&set, &mut model, &mut cursor, op);
+                check(&set, &model);
+            }
+            drain(&set, &mut model);
+            check(&set, &model);
+        }
+    }
+}
+
+/// Real threads: a taker, a marker and a hinter at once. Every page that was marked is taken or cleared,
+/// and the count is exact when all have stopped.
+#[test]
+fn the_count_is_exact_after_threads_have_raced() {
+    const PAGES: usize = 64 * 64;
+    for discipline in Discipline::ALL {
+        let set = DirtySet::new(&[PAGES], discipline);
+        let mut balance = 0;
+        std::thread::scope(|s| {
+            let marker = s.spawn(|| {
+                (0..2000usize)
+                    .map(|i| {
+                        let start = i * 37 % PAGES;
+                        set.mark(BlockIndex(0), PageRange::new(start, start + 100))
+                    })
+                    .sum::<u64>()
+            });
+            let hinter = s.spawn(|| {
+                (0..2000usize)
+                    .map(|i| {
+                        let start = i * 101 % PAGES;
+                        set.clear(BlockIndex(0), PageRange::new(start, start + 30))
+                    })
+                    .sum::<u64>()
+            });
+            let taker = s.spawn(|| {
+                let mut taken = 0;
+                for _ in 0..200 {
+                    let mut cursor = Cursor::default();
+                    let mut slice = set.slice(&mut cursor);
+                    while let Some(run) = slice.next_run(50, 512) {
+                        taken += run.pages.len() as u64;
+                    }
+                }
+                taken
+            });
+            balance += marker.join().unwrap() as i64;
+            balance -= hinter.join().unwrap() as i64;
+            balance -= taker.join().unwrap() as i64;
+        });
+        assert_eq!(
+            set.dirty_pages(),
+            set.bitmap(BlockIndex(0)).count(),
+            "{discipline}"
+        );
+        assert_eq!(set.dirty_pages() as i64, balance, "{discipline}");
+    }
+}
