@@ -26,79 +26,87 @@ pub enum Way {
     Two,
 }
 
-/// A complete stream, one section (or the header) a piece.
-pub fn sections(way: Way) -> Vec<Vec<u8>> {
+/// A complete stream, one section (or the header) a piece, with a name for each.
+pub fn sections(way: Way) -> Vec<(&'static str, Vec<u8>)> {
     let mut enc = Encoder::new(layout());
     let mut pieces = Vec::new();
-    let mut piece = |write: &mut dyn FnMut(&mut Vec<u8>)| {
+    let mut piece = |name, write: &mut dyn FnMut(&mut Vec<u8>)| {
         let mut out = Vec::new();
         write(&mut out);
-        pieces.push(out);
+        pieces.push((name, out));
     };
-    piece(&mut |out| enc.stream_header(out));
-    piece(&mut |out| enc.configuration(out, "microvm").unwrap());
+    piece("header", &mut |out| enc.stream_header(out));
+    piece("configuration", &mut |out| {
+        enc.configuration(out, "microvm").unwrap();
+    });
     if way == Way::Two {
-        piece(&mut |out| enc.command(out, Command::OpenReturnPath));
-        piece(&mut |out| enc.command(out, Command::Ping(7)));
+        piece("open", &mut |out| enc.command(out, Command::OpenReturnPath));
+        piece("ping", &mut |out| enc.command(out, Command::Ping(7)));
     }
     let machine = device("vmferry/machine", 0, 20);
     let cpu = device("vmferry/cpu", 0, 33);
-    piece(&mut |out| enc.device_state(out, &machine).unwrap());
-    piece(&mut |out| enc.ram_start(out));
-    piece(&mut |out| {
+    piece("machine", &mut |out| {
+        enc.device_state(out, &machine).unwrap()
+    });
+    piece("ram start", &mut |out| enc.ram_start(out));
+    piece("part 1", &mut |out| {
         enc.ram_part(out);
         enc.zero_page(out, 0, 0);
         enc.page(out, 0, 0x1000);
         out.extend_from_slice(&[0xab; 4096]);
         enc.end_of_ram_records(out);
     });
-    piece(&mut |out| {
+    piece("part 2", &mut |out| {
         enc.ram_part(out);
         enc.zero_page(out, 1, 0x1000);
         enc.zero_page(out, 1, 0);
         enc.end_of_ram_records(out);
     });
-    piece(&mut |out| enc.command(out, Command::SwitchoverStart));
-    piece(&mut |out| {
+    piece("switchover", &mut |out| {
+        enc.command(out, Command::SwitchoverStart);
+    });
+    piece("ram end", &mut |out| {
         enc.ram_end(out);
         enc.zero_page(out, 0, 0xf000);
         enc.end_of_ram_records(out);
     });
-    piece(&mut |out| enc.device_state(out, &cpu).unwrap());
+    piece("cpu", &mut |out| enc.device_state(out, &cpu).unwrap());
     let json = vm_description("microvm", &[DescribedSection::from(&cpu)]);
-    match way {
-        Way::One => {
-            piece(&mut |out| enc.eof(out));
-            piece(&mut |out| enc.vm_description(out, &json).unwrap());
-        }
-        Way::Two => {
-            piece(&mut |out| enc.vm_description(out, &json).unwrap());
-            piece(&mut |out| enc.command(out, Command::HandoverRun));
-            piece(&mut |out| enc.eof(out));
-        }
+    if way == Way::Two {
+        piece("vmdesc", &mut |out| enc.vm_description(out, &json).unwrap());
+        piece("run", &mut |out| enc.command(out, Command::HandoverRun));
+    }
+    piece("eof", &mut |out| enc.eof(out));
+    if way == Way::One {
+        piece("vmdesc", &mut |out| enc.vm_description(out, &json).unwrap());
     }
     pieces
 }
 
-/// Decodes all of a stream, up to its `EndOfStream` and the description behind it, if one follows.
-pub fn decode(stream: &[u8]) -> Result<usize, StreamError> {
+/// The bytes of all pieces.
+pub fn join(pieces: &[(&'static str, Vec<u8>)]) -> Vec<u8> {
+    pieces
+        .iter()
+        .flat_map(|(_, bytes)| bytes)
+        .copied()
+        .collect()
+}
+
+/// Decodes all of a stream, and what follows its EOF. How far each event took the decoder, in bytes, and
+/// the error that ended it, if one did.
+pub fn walk(stream: &[u8]) -> (Vec<u64>, Option<StreamError>) {
     let mut dec = Decoder::new(stream, layout());
-    let mut events = 0;
-    loop {
-        let end = matches!(dec.next()?, Event::EndOfStream);
-        events += 1;
-        if end {
-            break;
+    let mut ends = Vec::new();
+    let mut complete = false;
+    while !complete || dec.consumed() < stream.len() as u64 {
+        match dec.next() {
+            Ok(event) => complete |= event == Event::EndOfStream,
+            Err(error) => {
+                assert!(matches!(dec.next(), Err(StreamError::GivenUp { .. })));
+                return (ends, Some(error));
+            }
         }
+        ends.push(dec.consumed());
     }
-    if dec.consumed() < stream.len() as u64 {
-        dec.next()?;
-        events += 1;
-    }
-    assert_eq!(
-        dec.consumed(),
-        stream.len() as u64,
-        "the decoder stopped early"
-    );
-    Ok(events)
+    (ends, None)
 }
