@@ -1,1 +1,33 @@
-//! QMP.
+//! QMP, the monitor protocol of QEMU: a server that any QMP client can drive, and a client.
+//!
+//! - [`Handler`] is what a machine implements: one typed method per command. Names and units are those of QEMU 10,
+//!   with extensions under `x-vmferry-`; the types are in [`schema`].
+//! - [`QmpServer`] listens on a unix socket and calls the handler; [`EventBus`] carries what happens to every client.
+//! - [`QmpClient`] is a blocking client with a timeout on everything.
+//! - [`units`] reads and writes sizes, bandwidths and durations the way people write them.
+//!
+//! Where it differs from QEMU, on purpose: there is no out-of-band execution; keys and strings take double quotes
+//! only; of two members with one name the last counts; a negative number is never taken for a huge one; and a request
+//! is limited to 1 MiB and 100 levels, beyond which the connection is closed after an error.
+
+mod arguments;
+mod client;
+mod commands;
+mod error;
+mod events;
+mod framing;
+mod message;
+mod outbox;
+pub mod schema;
+mod server;
+mod session;
+mod socket;
+pub mod units;
+
+pub use client::{ClientError, QmpClient, ReceivedEvent};
+pub use commands::Handler;
+pub use error::{ErrorClass, QmpError};
+pub use events::EventBus;
+pub use message::Timestamp;
+pub use server::QmpServer;
+pub use socket::SocketError;

@@ -1,0 +1,147 @@
+//! A migration's state and its numbers.
+
+use serde::{Deserialize, Serialize};
+
+use super::Discipline;
+
+/// QEMU's migration states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationStatus {
+    /// No migration ever happened.
+    None,
+    /// Connects and prepares.
+    Setup,
+    /// Was told to stop and is about to.
+    Cancelling,
+    /// Was told to stop and did.
+    Cancelled,
+    /// Sends RAM while the guest runs.
+    Active,
+    /// Post-copy: the guest runs on the destination, pages follow.
+    PostcopyActive,
+    /// Post-copy lost its connection.
+    PostcopyPaused,
+    /// Post-copy gets a new connection.
+    PostcopyRecoverSetup,
+    /// Post-copy goes on over a new connection.
+    PostcopyRecover,
+    /// Done.
+    Completed,
+    /// Failed; `error-desc` says why.
+    Failed,
+    /// The VM is in fault-tolerance lock-step.
+    Colo,
+    /// Paused before the hand-over, until `migrate-continue`.
+    PreSwitchover,
+    /// The hand-over: the guest is stopped, device state is sent.
+    Device,
+    /// Waits for the guest to let go of a device.
+    WaitUnplug,
+}
+
+/// Arguments of `migrate-continue`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateContinue {
+    /// The state that the migration is expected to wait in.
+    pub state: MigrationStatus,
+}
+
+/// Answer to `query-migrate`. Everything is absent on a VM that never migrated.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct MigrationInfo {
+    /// The state.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<MigrationStatus>,
+    /// RAM accounting, from when the migration is active.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ram: Option<MigrationRamStats>,
+    /// Milliseconds since the migration began, or that it took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total_time: Option<u64>,
+    /// Milliseconds of downtime to expect if the guest were stopped now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected_downtime: Option<u64>,
+    /// Milliseconds that the guest stood still, once the migration is completed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime: Option<u64>,
+    /// Milliseconds that the preparation took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub setup_time: Option<u64>,
+    /// Why the migration failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_desc: Option<String>,
+    /// Why this VM cannot be migrated, if so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocked_reasons: Option<Vec<String>>,
+    /// Microseconds that the guest stood still: `downtime`, more finely.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub x_vmferry_downtime_us: Option<u64>,
+    /// The discipline that the dirty bitmap is cleared by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub x_vmferry_discipline: Option<Discipline>,
+    /// Bandwidth measured over the last pass, in bytes per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub x_vmferry_bandwidth: Option<u64>,
+    /// What keeping the dirty bitmap cost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub x_vmferry_bitmap: Option<BitmapAccounting>,
+}
+
+/// RAM accounting of a migration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct MigrationRamStats {
+    /// Bytes sent.
+    pub transferred: u64,
+    /// Bytes that are still to be sent, as of now.
+    pub remaining: u64,
+    /// Bytes of RAM.
+    pub total: u64,
+    /// Pages sent as a single repeated byte.
+    pub duplicate: u64,
+    /// Pages sent whole.
+    pub normal: u64,
+    /// Bytes of the pages sent whole.
+    pub normal_bytes: u64,
+    /// Pages dirtied per second by the guest.
+    pub dirty_pages_rate: u64,
+    /// Throughput, in megabits (10^6) per second.
+    pub mbps: f64,
+    /// Times the dirty log was fetched.
+    pub dirty_sync_count: u64,
+    /// Pages that post-copy's destination asked for.
+    pub postcopy_requests: u64,
+    /// Bytes per page.
+    pub page_size: u64,
+    /// Bytes sent over multifd channels.
+    pub multifd_bytes: u64,
+    /// Pages sent per second.
+    pub pages_per_second: u64,
+    /// Bytes sent while the guest ran, before the hand-over.
+    pub precopy_bytes: u64,
+    /// Bytes sent while the guest stood still.
+    pub downtime_bytes: u64,
+    /// Bytes sent after the hand-over.
+    pub postcopy_bytes: u64,
+    /// Times that zero-copy sending fell back to copying.
+    pub dirty_sync_missed_zero_copy: u64,
+}
+
+/// What keeping the dirty bitmap cost in this migration, so that disciplines can be compared on real guests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct BitmapAccounting {
+    /// Pages whose bit is set now.
+    pub dirty_pages: u64,
+    /// Bits cleared by the migration thread.
+    pub cleared: u64,
+    /// Bits cleared by free-page hints.
+    pub hinted: u64,
+    /// Times that a lock was taken.
+    pub locks: u64,
+    /// Longest wait of a free-page hint, in microseconds.
+    pub hint_wait_max_us: u64,
+}

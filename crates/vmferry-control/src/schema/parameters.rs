@@ -1,0 +1,97 @@
+//! Migration parameters: numbers and choices that steer a migration.
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// The largest `downtime-limit`, in milliseconds: QEMU's.
+pub const MAX_DOWNTIME_LIMIT_MS: u64 = 2_000_000;
+
+/// The largest `x-vmferry-peer-timeout`, in milliseconds: one day.
+pub const MAX_PEER_TIMEOUT_MS: u64 = 86_400_000;
+
+/// How the threads that clear dirty bits keep out of each other's way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Discipline {
+    /// Atomic operations on the bitmap's words.
+    LockFree,
+    /// A lock taken once per slice of work.
+    SliceLock,
+    /// A lock taken for every bit: the baseline, for measurement.
+    PerBitLock,
+}
+
+/// Answer to `query-migrate-parameters`: all that can be set, with the values in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationParameters {
+    /// Milliseconds that the guest may stand still at the hand-over, up to [`MAX_DOWNTIME_LIMIT_MS`].
+    pub downtime_limit: u64,
+    /// Bytes per second that the migration may send while the guest runs; 0 for no limit.
+    pub max_bandwidth: u64,
+    /// The discipline that the next migration clears its dirty bitmap by.
+    pub x_vmferry_discipline: Discipline,
+    /// Milliseconds of silence after which the peer counts as lost, 1 to [`MAX_PEER_TIMEOUT_MS`].
+    pub x_vmferry_peer_timeout: u64,
+}
+
+impl MigrationParameters {
+    /// Puts the given values in force and keeps the others.
+    pub fn apply(&mut self, changes: MigrateSetParameters) {
+        let MigrateSetParameters {
+            downtime_limit,
+            max_bandwidth,
+            x_vmferry_discipline,
+            x_vmferry_peer_timeout,
+        } = changes;
+        self.downtime_limit = downtime_limit.unwrap_or(self.downtime_limit);
+        self.max_bandwidth = max_bandwidth.unwrap_or(self.max_bandwidth);
+        self.x_vmferry_discipline = x_vmferry_discipline.unwrap_or(self.x_vmferry_discipline);
+        self.x_vmferry_peer_timeout = x_vmferry_peer_timeout.unwrap_or(self.x_vmferry_peer_timeout);
+    }
+}
+
+/// Arguments of `migrate-set-parameters`: the values to change, each as in [`MigrationParameters`]. Values that
+/// come off the wire are within their ranges.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct MigrateSetParameters {
+    /// Milliseconds.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "downtime_limit"
+    )]
+    pub downtime_limit: Option<u64>,
+    /// Bytes per second, 0 for no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_bandwidth: Option<u64>,
+    /// A discipline.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub x_vmferry_discipline: Option<Discipline>,
+    /// Milliseconds.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "peer_timeout"
+    )]
+    pub x_vmferry_peer_timeout: Option<u64>,
+}
+
+fn downtime_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let limit = Option::deserialize(deserializer)?;
+    if limit.is_some_and(|limit| limit > MAX_DOWNTIME_LIMIT_MS) {
+        return Err(D::Error::custom(
+            "Parameter 'downtime-limit' expects an integer in the range of 0 to (2000 * 1000) ms",
+        ));
+    }
+    Ok(limit)
+}
+
+fn peer_timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let timeout = Option::deserialize(deserializer)?;
+    if timeout.is_some_and(|timeout| !(1..=MAX_PEER_TIMEOUT_MS).contains(&timeout)) {
+        return Err(D::Error::custom(format!(
+            "Parameter 'x-vmferry-peer-timeout' expects an integer in the range of 1 to {MAX_PEER_TIMEOUT_MS} ms"
+        )));
+    }
+    Ok(timeout)
+}

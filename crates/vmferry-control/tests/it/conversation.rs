@@ -1,0 +1,238 @@
+//! One client: what it may send, and what it gets.
+
+use serde_json::{Value, json};
+use vmferry_control::schema::MigrationAddress;
+
+use crate::fake::Rig;
+
+#[test]
+fn greeting_and_replies_are_in_the_order_people_know() {
+    let rig = Rig::new();
+    let mut wire = rig.connect();
+    let greeting = wire.line().unwrap().unwrap();
+    assert_eq!(
+        greeting,
+        format!(
+            r#"{{"QMP":{{"version":{{"qemu":{{"major":10,"minor":0,"micro":0}},"package":"vmferry {}"}},"capabilities":[]}}}}"#,
+            env!("CARGO_PKG_VERSION")
+        )
+    );
+    wire.send(r#"{"execute": "qmp_capabilities", "arguments": {"enable": []}, "id": {"a": [1]}}"#);
+    assert_eq!(
+        wire.line().unwrap().unwrap(),
+        r#"{"return":{},"id":{"a":[1]}}"#
+    );
+    wire.send(r#"{"execute": "query-status"}"#);
+    assert_eq!(
+        wire.line().unwrap().unwrap(),
+        r#"{"return":{"status":"prelaunch","running":false}}"#
+    );
+    wire.send(r#"{"execute": "foo", "id": null}"#);
+    assert_eq!(
+        wire.line().unwrap().unwrap(),
+        r#"{"error":{"class":"CommandNotFound","desc":"The command foo has not been found"},"id":null}"#
+    );
+}
+
+#[test]
+fn requests_may_come_in_pieces_and_in_heaps() {
+    let rig = Rig::new();
+    let mut wire = rig.negotiated();
+    for byte in br#"{"execute": "query-kvm", "id": 1}"# {
+        wire.send([*byte]);
+    }
+    assert_eq!(wire.read()["id"], 1);
+    let heap: String = (0..5_000)
+        .map(|id| format!(r#"{{"execute":"query-status","id":{id}}}"#))
+        .collect();
+    let mut writer = wire.stream.try_clone().unwrap();
+    let writing = std::thread::spawn(move || {
+        std::io::Write::write_all(&mut writer, heap.as_bytes()).unwrap();
+    });
+    for id in 0..5_000 {
+        assert_eq!(wire.read()["id"], id);
+    }
+    writing.join().unwrap();
+}
+
+#[test]
+fn commands_are_listed_and_every_one_is_there() {
+    let rig = Rig::new();
+    let mut wire = rig.negotiated();
+    let commands = wire.ask(r#"{"execute": "query-commands"}"#);
+    let names: Vec<&str> = commands["return"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|command| command["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names.len(), 20);
+    for name in names {
+        let reply = wire.ask(json!({"execute": name, "arguments": {"foo": 1}}).to_string());
+        let expected = match name {
+            "qmp_capabilities" => "Capabilities negotiation is already complete, command ignored",
+            _ => "Parameter 'foo' is unexpected",
+        };
+        assert_eq!(reply["error"]["desc"], expected, "for {name}");
+    }
+    assert_eq!(
+        wire.ask(r#"{"execute": "query-version"}"#)["return"]["qemu"]["major"],
+        10
+    );
+}
+
+#[test]
+fn parameters_are_set_and_read() {
+    let rig = Rig::new();
+    let mut wire = rig.negotiated();
+    let reply = wire.ask(
+        r#"{"execute": "migrate-set-parameters", "arguments":
+            {"downtime-limit": 2000000, "max-bandwidth": 18446744073709551615,
+             "x-vmferry-discipline": "slice-lock"}}"#,
+    );
+    assert_eq!(reply, json!({"return": {}}));
+    assert_eq!(
+        wire.ask(r#"{"execute": "query-migrate-parameters"}"#)["return"],
+        json!({
+            "downtime-limit": 2_000_000,
+            "max-bandwidth": u64::MAX,
+            "x-vmferry-discipline": "slice-lock",
+            "x-vmferry-peer-timeout": 10_000
+        })
+    );
+    for (arguments, complaint) in [
+        (
+            json!({"x-vmferry-discipline": "none"}),
+            "Parameter 'x-vmferry-discipline' does not accept value 'none'",
+        ),
+        (
+            json!({"x-vmferry-peer-timeout": 0}),
+            "Parameter 'x-vmferry-peer-timeout' expects an integer in the range of 1 to 86400000 ms",
+        ),
+        (
+            json!({"multifd-channels": 2}),
+            "Parameter 'multifd-channels' is unexpected",
+        ),
+    ] {
+        let request = json!({"execute": "migrate-set-parameters", "arguments": arguments});
+        assert_eq!(wire.ask(request.to_string())["error"]["desc"], complaint);
+    }
+}
+
+#[test]
+fn both_ways_to_name_a_destination_are_one() {
+    let rig = Rig::new();
+    let mut wire = rig.negotiated();
+    let main = |addr: Value| json!({"channels": [{"channel-type": "main", "addr": addr}]});
+    let pairs = [
+        (
+            json!({"uri": "tcp:[::1]:4444", "detach": true}),
+            main(json!({"transport": "socket", "type": "inet", "host": "::1", "port": "4444"})),
+        ),
+        (
+            json!({"uri": "unix:/a", "channels": [], "resume": false}),
+            main(json!({"transport": "socket", "type": "unix", "path": "/a"})),
+        ),
+        (
+            json!({"uri": "fd:7"}),
+            main(json!({"transport": "socket", "type": "fd", "str": "7"})),
+        ),
+        (
+            json!({"uri": "file:/a,offset=4096"}),
+            main(json!({"transport": "file", "filename": "/a", "offset": 4096})),
+        ),
+        (
+            json!({"uri": "exec:cat"}),
+            main(json!({"transport": "exec", "args": ["/bin/sh", "-c", "cat"]})),
+        ),
+    ];
+    for (uri, channels) in &pairs {
+        for arguments in [uri, channels] {
+            let request = json!({"execute": "migrate", "arguments": arguments});
+            assert_eq!(
+                wire.ask(request.to_string()),
+                json!({"return": {}}),
+                "{arguments}"
+            );
+        }
+    }
+    let destinations = rig.machine.destinations();
+    for pair in destinations.chunks(2) {
+        assert_eq!(pair[0], pair[1]);
+    }
+    assert_eq!(destinations.len(), 2 * pairs.len());
+    assert_eq!(
+        destinations[0],
+        MigrationAddress::Tcp {
+            host: "::1".into(),
+            port: "4444".into()
+        }
+    );
+}
+
+#[test]
+fn query_migrate_is_empty_before_the_first_migration() {
+    let rig = Rig::new();
+    let mut wire = rig.negotiated();
+    let query = r#"{"execute": "query-migrate"}"#;
+    assert_eq!(wire.ask(query), json!({"return": {}}));
+    wire.ask(r#"{"execute": "migrate", "arguments": {"uri": "tcp:a:1"}}"#);
+    let info = wire.ask(query);
+    let info = &info["return"];
+    assert_eq!(info["status"], "active");
+    assert_eq!(info["total-time"], 12);
+    assert_eq!(info["ram"]["page-size"], 4096);
+    assert_eq!(info["ram"]["dirty-sync-missed-zero-copy"], 0);
+    assert_eq!(info["x-vmferry-discipline"], "lock-free");
+    assert_eq!(info.get("downtime"), None);
+}
+
+#[test]
+fn hostile_input_is_answered_and_bounded() {
+    let rig = Rig::new();
+    let mut wire = rig.negotiated();
+    for (garbage, complaint) in [
+        (&b"\xff"[..], "JSON parse error, "),
+        (b"{\"execute\": \"query-sta\n", "JSON parse error, "),
+        (b"\x00\x01\x02", "JSON parse error, "),
+        (b"{\"a\"::}", "JSON parse error, "),
+        (b"[[[[]]]]", "QMP input must be a JSON object"),
+    ] {
+        let reply = wire.ask(garbage);
+        let desc = reply["error"]["desc"].as_str().unwrap();
+        assert!(desc.starts_with(complaint), "{desc}");
+        wire.send(b"\xff");
+        wire.read();
+        let status = wire.ask(r#"{"execute": "query-status"}"#);
+        assert!(status.get("return").is_some(), "{status} after {garbage:?}");
+    }
+
+    let mut deep = rig.negotiated();
+    deep.send(vec![b'['; 1000]);
+    let reply = deep.read();
+    let desc = reply["error"]["desc"].as_str().unwrap();
+    assert!(
+        desc.starts_with("JSON nesting depth limit exceeded"),
+        "{desc}"
+    );
+    assert!(deep.ends());
+
+    let mut huge = rig.negotiated();
+    let fits = format!(
+        r#"{{"execute": "query-status", "id": "{}"}}"#,
+        "x".repeat(1 << 19)
+    );
+    assert!(huge.ask(&fits).get("return").is_some());
+    let mut writer = huge.stream.try_clone().unwrap();
+    let flood = std::thread::spawn(move || {
+        let chunk = [b'x'; 65536];
+        std::io::Write::write_all(&mut writer, b"{\"").unwrap();
+        // Ends when the server has had enough.
+        while std::io::Write::write_all(&mut writer, &chunk).is_ok() {}
+    });
+    let reply = huge.read();
+    let desc = reply["error"]["desc"].as_str().unwrap();
+    assert!(desc.starts_with("JSON token size limit exceeded"), "{desc}");
+    assert!(huge.ends());
+    flood.join().unwrap();
+}
