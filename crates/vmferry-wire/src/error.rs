@@ -39,9 +39,7 @@ pub enum StreamError {
         found: u32,
     },
     /// A migration stream, but of another version.
-    #[error(
-        "the stream has version {found}, and only version {VERSION} (QEMU 0.12 and later) is supported"
-    )]
+    #[error("the stream has version {found}, and only version {VERSION} is supported")]
     BadVersion {
         /// Its version.
         found: u32,
@@ -217,7 +215,7 @@ pub enum StreamError {
         /// The block's length in bytes.
         len: u64,
     },
-    /// A page filled with one byte that is not zero, which no QEMU since 2011 sends.
+    /// A page filled with one byte that is not zero.
     #[error(
         "the RAM record at byte {offset} of the stream fills a page with {fill:#04x}; only zero pages are supported"
     )]

@@ -7,7 +7,7 @@ pub const PAGE_SIZE: usize = 4096;
 
 /// `QEVM`, the first four bytes.
 pub(crate) const MAGIC: u32 = 0x5145_564d;
-/// The version of the stream format that QEMU has written since 0.12.
+/// The version of the stream format.
 pub(crate) const VERSION: u32 = 3;
 
 /// The byte before the section id in a footer.

@@ -13,7 +13,7 @@ pub const ALL_DEVICE_STATES: usize = 64 << 20;
 /// How many FULL sections a stream may have.
 pub const DEVICE_SECTIONS: usize = 4096;
 
-/// The JSON description at the end of a stream. QEMU's own are 10 to 100 KiB.
+/// The JSON description at the end of a stream. QEMU 10 writes 15 KiB for a microvm.
 pub const VM_DESCRIPTION: usize = 1 << 20;
 
 /// The machine type of the CONFIGURATION section.
