@@ -78,7 +78,7 @@ macro_rules! commands {
         /// Methods are called from the connections' threads, several at once if several clients ask. A method should
         /// answer promptly, as QMP's own commands do (`migrate` answers when the migration has been started): its
         /// client waits, and so does the end of the server. A method whose command has no result answers `()`, which
-        /// goes out as `{}`.
+        /// goes out as `{}`. A method that panics costs its client the connection, and nobody else anything.
         ///
         /// # Errors
         /// Every method answers with the [`QmpError`] that the client is to see.

@@ -35,7 +35,10 @@ impl EventBus {
 
     /// Adds a client.
     pub(crate) fn subscribe(&self, outbox: &Arc<Outbox>) {
-        self.lock().push(Arc::downgrade(outbox));
+        let mut subscribers = self.lock();
+        // A VM without events, asked for its state again and again, would else collect the clients that are gone.
+        subscribers.retain(|subscriber| subscriber.strong_count() > 0);
+        subscribers.push(Arc::downgrade(outbox));
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Weak<Outbox>>> {

@@ -1,6 +1,7 @@
 //! The server: accepts clients and gives each two threads, one that reads and executes, one that writes.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -142,6 +143,14 @@ impl QmpServer {
     /// Where it listens, as given.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+impl fmt::Debug for QmpServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("QmpServer")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
     }
 }
 

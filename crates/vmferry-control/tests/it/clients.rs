@@ -116,6 +116,17 @@ fn a_client_that_asks_without_listening_only_stops_itself() {
 }
 
 #[test]
+fn a_handler_that_panics_costs_one_connection() {
+    let rig = Rig::new();
+    let mut unlucky = rig.negotiated();
+    let mut other = rig.negotiated();
+    unlucky.send(r#"{"execute": "migrate-continue", "arguments": {"state": "wait-unplug"}}"#);
+    assert!(unlucky.ends());
+    let status = other.ask(r#"{"execute": "query-status"}"#);
+    assert!(status.get("return").is_some());
+}
+
+#[test]
 fn one_client_too_many_is_turned_away_and_comes_in_later() {
     let rig = Rig::new();
     let mut clients: Vec<_> = (0..32).map(|_| rig.negotiated()).collect();

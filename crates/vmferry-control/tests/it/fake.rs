@@ -139,7 +139,10 @@ impl Handler for FakeMachine {
         Ok(())
     }
 
-    fn migrate_continue(&self, _: MigrateContinue) -> Result<(), QmpError> {
+    fn migrate_continue(&self, arguments: MigrateContinue) -> Result<(), QmpError> {
+        if arguments.state == MigrationStatus::WaitUnplug {
+            panic!("a handler with a bug, on purpose");
+        }
         Err(QmpError::generic("Migration not in expected state: none"))
     }
 

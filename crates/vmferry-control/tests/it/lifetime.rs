@@ -55,7 +55,7 @@ fn a_handler_that_hangs_does_not_hold_the_server_for_ever() {
 fn a_live_socket_is_left_alone_and_a_stale_one_replaced() {
     let mut rig = Rig::new();
     let again = || QmpServer::bind(&rig.path, rig.machine.clone(), rig.events.clone());
-    let error = again().err().unwrap();
+    let error = again().unwrap_err();
     assert!(matches!(error, SocketError::InUse { .. }), "{error}");
     assert!(
         error.to_string().contains("another VM listens on it"),
@@ -75,9 +75,7 @@ fn a_file_that_is_no_socket_is_left_alone() {
     let mut rig = Rig::new();
     drop(rig.server.take());
     std::fs::write(&rig.path, "precious").unwrap();
-    let error = QmpServer::bind(&rig.path, rig.machine.clone(), rig.events.clone())
-        .err()
-        .unwrap();
+    let error = QmpServer::bind(&rig.path, rig.machine.clone(), rig.events.clone()).unwrap_err();
     assert!(matches!(error, SocketError::NotASocket { .. }), "{error}");
     assert_eq!(std::fs::read_to_string(&rig.path).unwrap(), "precious");
 }
@@ -95,15 +93,13 @@ fn somebody_elses_socket_is_not_removed() {
 fn a_path_that_is_too_long_is_named() {
     let rig = Rig::new();
     let path = rig.path.with_file_name("x".repeat(108));
-    let error = QmpServer::bind(&path, rig.machine.clone(), rig.events.clone())
-        .err()
-        .unwrap();
+    let error = QmpServer::bind(&path, rig.machine.clone(), rig.events.clone()).unwrap_err();
     assert!(
         matches!(error, SocketError::PathTooLong { length, .. } if length > 107),
         "{error}"
     );
     let nowhere = QmpServer::bind("/nonexistent/qmp", rig.machine.clone(), rig.events.clone());
-    let error = nowhere.err().unwrap().to_string();
+    let error = nowhere.unwrap_err().to_string();
     assert!(
         error.starts_with("cannot listen on socket /nonexistent/qmp: "),
         "{error}"
