@@ -1,1 +1,38 @@
-//! The KVM machine.
+//! The KVM machine: vCPUs, RAM, a serial port and what a kernel needs to start, laid out like QEMU's `microvm`.
+//!
+//! [`Machine`] is a whole virtual machine. Its user starts, pauses and resets it; the migration engine drives it
+//! through [`vmferry_engine::seam::Guest`], which it implements. Who may do what, and when, is decided in one
+//! place: the [`RunState`], held under one mutex.
+//!
+//! | module | idea |
+//! |---|---|
+//! | `config` | what a machine is made of, and what is refused |
+//! | `memory` | one RAM block, seen by the guest in two pieces around the hole below 4 GiB |
+//! | `boot` | kernels: PVH ELF images and bzImages |
+//! | `vcpu` | threads that run guest code, and the gate that holds them |
+//! | `devices` | port I/O: the serial port and its back ends, the reset line of the i8042 |
+//! | `state` | everything that KVM and the devices know about the guest, out and in |
+//! | `machine`, `migrate` | the whole, as its user and as the engine see it |
+
+mod boot;
+mod config;
+mod cpuid;
+mod devices;
+mod error;
+mod hypervisor;
+mod layout;
+mod machine;
+mod memory;
+mod migrate;
+mod run_state;
+mod state;
+mod supervisor;
+#[cfg(test)]
+mod tests;
+mod vcpu;
+
+pub use boot::BootError;
+pub use config::{Backing, KernelSource, MachineConfig, OnReset, SerialConfig};
+pub use error::MachineError;
+pub use machine::{Machine, MachineEvent, VcpuInfo};
+pub use run_state::RunState;

@@ -1,0 +1,163 @@
+//! What a machine is made of.
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+
+use vmferry_dirty::PAGE_SIZE;
+
+use crate::error::MachineError;
+
+/// The smallest RAM that a kernel, its command line and its tables fit into.
+const MIN_MEMORY: u64 = 16 << 20;
+
+/// Longest name of a machine, in bytes.
+const MAX_NAME: usize = 255;
+
+/// Where the bytes of a kernel image come from.
+#[derive(Clone, Debug)]
+pub enum KernelSource {
+    /// The image itself.
+    Bytes(Cow<'static, [u8]>),
+    /// A file.
+    Path(PathBuf),
+}
+
+/// What guest memory is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// Private anonymous memory, the fastest.
+    #[default]
+    Private,
+    /// A memfd, which other processes can map.
+    Memfd,
+}
+
+/// Where the guest's serial port leads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SerialConfig {
+    /// Standard input and output; a terminal is put into raw mode. `Ctrl-a x` asks to quit
+    /// ([`crate::MachineEvent::QuitKey`]), `Ctrl-a Ctrl-a` sends one `Ctrl-a`.
+    Stdio,
+    /// Output goes to a file, which is created or emptied.
+    File(PathBuf),
+    /// A listening Unix socket serves one client after the other. What the guest writes while none is
+    /// connected, or faster than the client reads, is dropped.
+    Unix(PathBuf),
+    /// Output is dropped.
+    #[default]
+    Null,
+}
+
+/// What happens when the guest resets itself (keyboard controller or triple fault).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnReset {
+    /// It starts again from its kernel image.
+    #[default]
+    Reset,
+    /// It stops for good, as with QEMU's `-no-reboot`.
+    Shutdown,
+}
+
+/// A machine to build.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// Its name, for its user.
+    pub name: String,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// What the RAM is made of.
+    pub backing: Backing,
+    /// What it boots. Only a machine with `incoming` can do without; the guest that arrives there cannot be
+    /// reset then.
+    pub kernel: Option<KernelSource>,
+    /// The kernel's initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The serial port.
+    pub serial: SerialConfig,
+    /// What a reset by the guest does.
+    pub on_reset: OnReset,
+    /// Whether the guest comes from elsewhere: nothing is loaded, and the machine waits for it.
+    pub incoming: bool,
+}
+
+impl MachineConfig {
+    /// Refuses what cannot be built. `max_cpus` is KVM's limit.
+    pub(crate) fn validate(&self, max_cpus: usize) -> Result<(), MachineError> {
+        let refuse = |why: String| Err(MachineError::Config(why));
+        if self.name.len() > MAX_NAME {
+            return refuse(format!(
+                "the machine's name has {} bytes, at most {MAX_NAME} are possible",
+                self.name.len()
+            ));
+        }
+        if self.cpus == 0 || self.cpus as usize > max_cpus {
+            return refuse(format!(
+                "{} vCPUs are not possible: this host's KVM offers 1 to {max_cpus}",
+                self.cpus
+            ));
+        }
+        if !self.memory.is_multiple_of(PAGE_SIZE as u64) {
+            return refuse(format!(
+                "{} bytes of memory are not possible: it must be a multiple of {PAGE_SIZE} bytes",
+                self.memory
+            ));
+        }
+        if self.memory < MIN_MEMORY {
+            return refuse(format!(
+                "{} bytes of memory are too little: give the guest at least {} MiB",
+                self.memory,
+                MIN_MEMORY >> 20
+            ));
+        }
+        if self.kernel.is_none() && !self.incoming {
+            return refuse(
+                "there is nothing to boot: name a kernel (a PVH ELF image or a bzImage)".into(),
+            );
+        }
+        if self.kernel.is_none() && self.initrd.is_some() {
+            return refuse("an initial RAM disk needs a kernel that uses it".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> MachineConfig {
+        MachineConfig {
+            name: "test".into(),
+            cpus: 2,
+            memory: 64 << 20,
+            backing: Backing::Private,
+            kernel: Some(KernelSource::Bytes(Cow::Borrowed(b"kernel"))),
+            initrd: None,
+            cmdline: String::new(),
+            serial: SerialConfig::Null,
+            on_reset: OnReset::Reset,
+            incoming: false,
+        }
+    }
+
+    fn refusal(change: impl FnOnce(&mut MachineConfig)) -> String {
+        let mut config = config();
+        change(&mut config);
+        config.validate(4).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_cannot_be_built_is_refused_with_the_reason() {
+        config().validate(4).unwrap();
+        assert!(refusal(|c| c.cpus = 0).contains("1 to 4"));
+        assert!(refusal(|c| c.cpus = 5).contains("1 to 4"));
+        assert!(refusal(|c| c.memory += 1).contains("multiple of 4096"));
+        assert!(refusal(|c| c.memory = 8 << 20).contains("at least 16 MiB"));
+        assert!(refusal(|c| c.kernel = None).contains("name a kernel"));
+        assert!(refusal(|c| c.name = "n".repeat(256)).contains("at most 255"));
+    }
+}

@@ -1,0 +1,408 @@
+//! Where the serial port leads. A thread of its own moves the bytes, so that the guest never waits: neither
+//! for a client that does not read, nor for a terminal that was stopped.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::terminal::{EscapeFilter, RawTerminal};
+use crate::config::SerialConfig;
+use crate::error::MachineError;
+
+/// Output that may wait for the back end; what comes beyond is dropped.
+const OUTBOX_BYTES: usize = 1 << 20;
+/// Bytes moved by one system call; a pipe that polls as writable takes as many without blocking.
+const CHUNK: usize = 4096;
+/// How long a machine that ends waits for its last output to be taken.
+const LAST_OUTPUT: Duration = Duration::from_millis(500);
+
+/// Called when the user of the back end presses the keys that mean "quit".
+pub(crate) type BackendEvents = Box<dyn Fn() + Send>;
+/// Hands bytes to the guest and says how many it took.
+type Input = Box<dyn Fn(&[u8]) -> usize + Send>;
+
+/// Output on its way to the back end, and the bell that wakes the back end's thread.
+pub(super) struct Outbox {
+    bytes: Mutex<VecDeque<u8>>,
+    bell: EventFd,
+    accepts_input: AtomicBool,
+    ended: AtomicBool,
+}
+
+impl Outbox {
+    pub fn new() -> io::Result<Self> {
+        Ok(Outbox {
+            bytes: Mutex::new(VecDeque::new()),
+            bell: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            accepts_input: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+        })
+    }
+
+    fn bytes(&self) -> MutexGuard<'_, VecDeque<u8>> {
+        self.bytes.lock().expect("no holder of the outbox panics")
+    }
+
+    /// Wakes the back end's thread.
+    pub fn wake(&self) {
+        // It can only fail when the counter is full, and then the thread is awake.
+        let _ = self.bell.write(1);
+    }
+
+    pub fn accept_input(&self, accept: bool) {
+        self.accepts_input.store(accept, Ordering::Release);
+        self.wake();
+    }
+}
+
+/// The guest's end of an [`Outbox`].
+pub(super) struct GuestEnd(pub Arc<Outbox>);
+
+impl Write for GuestEnd {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let mut bytes = self.0.bytes();
+        let was_empty = bytes.is_empty();
+        let room = OUTBOX_BYTES - bytes.len();
+        bytes.extend(&data[..data.len().min(room)]);
+        drop(bytes);
+        if was_empty {
+            self.0.wake();
+        }
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+enum Target {
+    Stdio {
+        keys: EscapeFilter,
+        // Restores the terminal when dropped.
+        _terminal: Option<RawTerminal>,
+    },
+    File(File),
+    Unix {
+        listener: UnixListener,
+        client: Option<UnixStream>,
+        path: PathBuf,
+    },
+    Null,
+}
+
+impl Target {
+    fn open(config: &SerialConfig) -> Result<Self, MachineError> {
+        let failed = |action: String| move |source| MachineError::Os { action, source };
+        Ok(match config {
+            SerialConfig::Stdio => Target::Stdio {
+                keys: EscapeFilter::default(),
+                _terminal: RawTerminal::enter()
+                    .map_err(failed("put the terminal into raw mode".into()))?,
+            },
+            SerialConfig::File(path) => {
+                let what = format!("create the serial port's output file {}", path.display());
+                Target::File(File::create(path).map_err(failed(what))?)
+            }
+            SerialConfig::Unix(path) => {
+                let what = format!("listen for the serial port's clients on {}", path.display());
+                let listener = listen(path).map_err(failed(what))?;
+                Target::Unix {
+                    listener,
+                    client: None,
+                    path: path.clone(),
+                }
+            }
+            SerialConfig::Null => Target::Null,
+        })
+    }
+
+    fn input_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Target::Stdio { .. } => Some(borrow_stdin()),
+            Target::Unix { client, .. } => client.as_ref().map(|c| c.as_fd()),
+            Target::File(_) | Target::Null => None,
+        }
+    }
+
+    fn output_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Target::Stdio { .. } => Some(borrow_stdout()),
+            Target::File(file) => Some(file.as_fd()),
+            Target::Unix { client, .. } => client.as_ref().map(|c| c.as_fd()),
+            Target::Null => None,
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Target::Stdio { .. } => {
+                let mut out = io::stdout().lock();
+                out.write_all(bytes)?;
+                out.flush()?;
+                Ok(bytes.len())
+            }
+            Target::File(file) => file.write(bytes),
+            Target::Unix {
+                client: Some(client),
+                ..
+            } => client.write(bytes),
+            Target::Unix { client: None, .. } | Target::Null => Ok(bytes.len()),
+        }
+    }
+
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Target::Stdio { .. } => io::stdin().lock().read(room),
+            Target::Unix {
+                client: Some(client),
+                ..
+            } => client.read(room),
+            Target::Unix { client: None, .. } | Target::File(_) | Target::Null => Ok(0),
+        }
+    }
+
+    fn hang_up(&mut self) {
+        if let Target::Unix { client, .. } = self {
+            *client = None;
+        }
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if let Target::Unix { path, .. } = self {
+            // Nothing is lost when somebody else has removed it.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn borrow_stdin() -> BorrowedFd<'static> {
+    // SAFETY: descriptor 0 stays open for the process's whole life; Rust's runtime opens it if it was closed.
+    unsafe { BorrowedFd::borrow_raw(libc::STDIN_FILENO) }
+}
+
+fn borrow_stdout() -> BorrowedFd<'static> {
+    // SAFETY: as for standard input.
+    unsafe { BorrowedFd::borrow_raw(libc::STDOUT_FILENO) }
+}
+
+fn listen(path: &PathBuf) -> io::Result<UnixListener> {
+    // A socket that a killed machine has left behind refuses connections; one in use is left alone.
+    let stale = fs::metadata(path).is_ok_and(|m| m.file_type().is_socket())
+        && UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
+    if stale {
+        fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// The back end's thread; it ends, and hands out the last output, when this is dropped.
+pub(super) struct Backend {
+    outbox: Arc<Outbox>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Backend {
+    pub fn start(
+        config: &SerialConfig,
+        outbox: Arc<Outbox>,
+        input: Input,
+        events: BackendEvents,
+    ) -> Result<Self, MachineError> {
+        let target = Target::open(config)?;
+        let mut worker = Worker {
+            target,
+            outbox: outbox.clone(),
+            input,
+            events,
+            unread: VecDeque::new(),
+            input_ended: false,
+        };
+        let thread = thread::Builder::new()
+            .name("serial".into())
+            .spawn(move || worker.run())
+            .map_err(|source| MachineError::Os {
+                action: "start the serial port's thread".into(),
+                source,
+            })?;
+        Ok(Backend {
+            outbox,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.outbox.ended.store(true, Ordering::Release);
+        self.outbox.wake();
+        if self.thread.take().is_some_and(|t| t.join().is_err()) {
+            tracing::error!("the serial port's thread has panicked");
+        }
+    }
+}
+
+struct Worker {
+    target: Target,
+    outbox: Arc<Outbox>,
+    input: Input,
+    events: BackendEvents,
+    /// Input that the guest has not taken yet.
+    unread: VecDeque<u8>,
+    input_ended: bool,
+}
+
+impl Worker {
+    fn run(&mut self) {
+        let mut deadline = None;
+        loop {
+            if self.outbox.ended.load(Ordering::Acquire) {
+                let deadline = *deadline.get_or_insert_with(|| Instant::now() + LAST_OUTPUT);
+                if self.outbox.bytes().is_empty() || Instant::now() >= deadline {
+                    return;
+                }
+            }
+            let ready = self.wait(deadline);
+            if ready.bell {
+                // Never blocks; the counter's value means nothing.
+                let _ = self.outbox.bell.read();
+            }
+            if ready.listener {
+                self.accept();
+            }
+            if ready.output || self.target.output_fd().is_none() {
+                self.move_output();
+            }
+            if ready.input {
+                self.take_input();
+            }
+            self.give_input();
+        }
+    }
+
+    fn wait(&self, deadline: Option<Instant>) -> Ready {
+        let guest_reads = self.outbox.accepts_input.load(Ordering::Acquire);
+        let wants_input = guest_reads && self.unread.is_empty() && !self.input_ended;
+        let wants_output = !self.outbox.bytes().is_empty();
+        let listener = match &self.target {
+            Target::Unix {
+                listener,
+                client: None,
+                ..
+            } => Some(listener.as_raw_fd()),
+            _ => None,
+        };
+        // poll ignores negative descriptors.
+        let entry = |fd: Option<i32>, events| libc::pollfd {
+            fd: fd.unwrap_or(-1),
+            events,
+            revents: 0,
+        };
+        let input = self.target.input_fd().filter(|_| wants_input);
+        let output = self.target.output_fd().filter(|_| wants_output);
+        let mut fds = [
+            entry(Some(self.outbox.bell.as_raw_fd()), libc::POLLIN),
+            entry(listener, libc::POLLIN),
+            entry(input.map(|fd| fd.as_raw_fd()), libc::POLLIN),
+            entry(output.map(|fd| fd.as_raw_fd()), libc::POLLOUT),
+        ];
+        let timeout = deadline.map_or(-1, |d| {
+            d.saturating_duration_since(Instant::now()).as_millis() as i32
+        });
+        // SAFETY: `fds` is an array of that many entries, which poll fills in.
+        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
+        // After an error (a signal) all revents are zero still, and the loop comes back here.
+        let [bell, listener, input, output] = fds.map(|fd| fd.revents != 0);
+        Ready {
+            bell,
+            listener,
+            input,
+            output,
+        }
+    }
+
+    fn accept(&mut self) {
+        if let Target::Unix {
+            listener, client, ..
+        } = &mut self.target
+        {
+            match listener.accept() {
+                Ok((stream, _)) if stream.set_nonblocking(true).is_ok() => *client = Some(stream),
+                Ok(_) => {}
+                Err(error) => tracing::debug!(%error, "a client of the serial port went away"),
+            }
+        }
+    }
+
+    fn move_output(&mut self) {
+        let chunk: Vec<u8> = {
+            let bytes = self.outbox.bytes();
+            bytes.iter().take(CHUNK).copied().collect()
+        };
+        if chunk.is_empty() {
+            return;
+        }
+        let done = match self.target.write(&chunk) {
+            Ok(done) => done,
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => 0,
+            Err(error) => {
+                tracing::debug!(%error, "serial output cannot be written and is dropped");
+                self.target.hang_up();
+                chunk.len()
+            }
+        };
+        self.outbox.bytes().drain(..done);
+    }
+
+    fn take_input(&mut self) {
+        let mut room = [0; CHUNK];
+        match self.target.read(&mut room) {
+            Ok(0) => match &mut self.target {
+                Target::Unix { client, .. } => *client = None,
+                _ => self.input_ended = true,
+            },
+            Ok(len) => match &mut self.target {
+                Target::Stdio { keys, .. } => {
+                    if keys.filter(&room[..len], &mut self.unread) {
+                        (self.events)();
+                    }
+                }
+                _ => self.unread.extend(&room[..len]),
+            },
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => {
+                tracing::debug!(%error, "serial input cannot be read");
+                self.target.hang_up();
+                self.input_ended = !matches!(self.target, Target::Unix { .. });
+            }
+        }
+    }
+
+    fn give_input(&mut self) {
+        if !self.unread.is_empty() && self.outbox.accepts_input.load(Ordering::Acquire) {
+            let taken = (self.input)(self.unread.make_contiguous());
+            self.unread.drain(..taken);
+        }
+    }
+}
+
+struct Ready {
+    bell: bool,
+    listener: bool,
+    input: bool,
+    output: bool,
+}

@@ -1,0 +1,462 @@
+//! A virtual machine as its user sees it.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+
+use kvm_ioctls::Kvm;
+use vmferry_dirty::log::{KvmDirtyLog, WithVmmWrites};
+use vm_superio::SerialState;
+
+use crate::boot::{Images, Occasion};
+use crate::config::{MachineConfig, OnReset};
+use crate::cpuid;
+use crate::devices::{Bus, SerialPort};
+use crate::error::{Attempt, MachineError};
+use crate::hypervisor::Hypervisor;
+use crate::layout::SERIAL_IRQ;
+use crate::memory::GuestRam;
+use crate::run_state::RunState;
+use crate::state::clock::ClockState;
+use crate::state::cpu::{self, CpuState};
+use crate::state::irqchip::{IrqchipState, PitState};
+use crate::state::machine::Description;
+use crate::state::msrs;
+use crate::supervisor;
+use crate::vcpu::{Gate, GuestRequest, Vcpu, VcpuThread, Wanted};
+
+/// Something that happened to a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// The vCPUs have stopped, for the user or for a migration.
+    Stop,
+    /// The vCPUs run.
+    Resume,
+    /// The guest has started again.
+    Reset {
+        /// Whether it asked for that itself.
+        guest: bool,
+    },
+    /// The guest has stopped for good.
+    Shutdown {
+        /// Whether it asked for that itself.
+        guest: bool,
+    },
+    /// A vCPU cannot go on.
+    InternalError {
+        /// Which vCPU.
+        vcpu: u32,
+        /// Why, with the registers that tell where.
+        reason: String,
+    },
+    /// The user of the console has pressed the keys that mean "quit".
+    QuitKey,
+}
+
+/// A vCPU, for its user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VcpuInfo {
+    /// Its number.
+    pub index: u32,
+    /// The kernel's number of its thread.
+    pub thread_id: i32,
+}
+
+/// Who decides about the guest's next start, beside the user.
+pub(crate) enum Handover {
+    /// Nobody.
+    None,
+    /// A migration has stopped the guest here.
+    Leaving {
+        /// What the machine was doing before.
+        before: RunState,
+        /// The clocks when the guest stopped.
+        clocks: ClockState,
+    },
+    /// A guest's state is in place and its clocks wait to be set.
+    Arrived {
+        clocks: ClockState,
+        tsc_deadlines: Vec<u64>,
+    },
+}
+
+/// What the machine is doing. Whoever holds the mutex around it is the only one to start or stop the guest.
+pub(crate) struct Lifecycle {
+    pub state: RunState,
+    pub handover: Handover,
+    /// The machine as its guest knows it; a guest that arrived knows its source's CPU.
+    pub description: Description,
+}
+
+/// How everything is when the machine is switched on, to go back to at a reset.
+struct PowerOn {
+    cpus: Vec<CpuState>,
+    irqchip: IrqchipState,
+    pit: PitState,
+}
+
+/// A virtual machine.
+///
+/// Dropping it stops the guest and ends all its threads.
+pub struct Machine {
+    pub(crate) config: MachineConfig,
+    pub(crate) hypervisor: Hypervisor,
+    pub(crate) ram: GuestRam,
+    pub(crate) log: WithVmmWrites<KvmDirtyLog>,
+    /// MSRs that make up a vCPU's state.
+    pub(crate) msrs: Vec<u32>,
+    pub(crate) vcpus: Vec<Arc<Vcpu>>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) bus: Arc<Bus>,
+    /// What this machine can be for a guest.
+    pub(crate) offers: Description,
+    images: Option<Images>,
+    power_on: PowerOn,
+    threads: Vec<VcpuThread>,
+    lifecycle: Mutex<Lifecycle>,
+    events: Sender<MachineEvent>,
+    supervisor: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Machine {
+    /// Builds a machine. It does not run yet: its state is [`RunState::Prelaunch`], or [`RunState::InMigrate`]
+    /// with `config.incoming`. What happens to it is told to `events`.
+    pub fn new(
+        config: MachineConfig,
+        events: Sender<MachineEvent>,
+    ) -> Result<Arc<Self>, MachineError> {
+        let hypervisor = Hypervisor::new(|kvm: &Kvm| config.validate(kvm.get_max_vcpus()))?;
+        let images = Images::read(&config)?;
+        let ram = GuestRam::new(config.memory, config.backing)?;
+        let log = ram.attach(&hypervisor.vm)?;
+
+        let vcpus = (0..config.cpus)
+            .map(|index| {
+                let cpuid = cpuid::for_vcpu(&hypervisor.cpuid, index, config.cpus);
+                Vcpu::new(&hypervisor.vm, index, cpuid).map(Arc::new)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let first = vcpus[0].lock();
+        let msrs = msrs::to_save(&first.fd, &hypervisor.msrs)?;
+        let offers = Description {
+            vcpus: config.cpus,
+            memory: config.memory,
+            tsc_khz: first
+                .fd
+                .get_tsc_khz()
+                .attempt("read a vCPU's TSC frequency")?,
+            cpuid: first.cpuid().to_vec(),
+        };
+        drop(first);
+        let power_on = PowerOn {
+            cpus: vcpus
+                .iter()
+                .map(|vcpu| CpuState::save(&vcpu.lock(), hypervisor.features, &msrs))
+                .collect::<Result<_, _>>()?,
+            irqchip: IrqchipState::save(&hypervisor.vm)?,
+            pit: PitState::save(&hypervisor.vm)?,
+        };
+
+        let keys = events.clone();
+        let quit_key = move || {
+            // Nobody listens any more: the machine is about to end anyway.
+            let _ = keys.send(MachineEvent::QuitKey);
+        };
+        let serial = Arc::new(SerialPort::new(&config.serial, Box::new(quit_key))?);
+        hypervisor
+            .vm
+            .register_irqfd(serial.interrupt(), SERIAL_IRQ)
+            .attempt("connect the serial port's interrupt")?;
+        let bus = Arc::new(Bus::new(serial));
+
+        let gate = Arc::new(Gate::new(vcpus.len()));
+        let state = if config.incoming {
+            RunState::InMigrate
+        } else {
+            RunState::Prelaunch
+        };
+        let mut machine = Machine {
+            lifecycle: Mutex::new(Lifecycle {
+                state,
+                handover: Handover::None,
+                description: offers.clone(),
+            }),
+            config,
+            hypervisor,
+            ram,
+            log,
+            msrs,
+            vcpus,
+            gate,
+            bus,
+            offers,
+            images,
+            power_on,
+            threads: Vec::new(),
+            events,
+            supervisor: Mutex::new(None),
+        };
+        if !machine.config.incoming {
+            machine.switch_on(Occasion::PowerOn)?;
+        }
+        for vcpu in &machine.vcpus {
+            let thread = VcpuThread::spawn(
+                &machine.config.name,
+                vcpu.clone(),
+                machine.gate.clone(),
+                machine.bus.clone(),
+            )?;
+            machine.threads.push(thread);
+        }
+        machine.gate.wait_until_held();
+
+        let machine = Arc::new(machine);
+        let supervisor = supervisor::start(&machine)?;
+        *machine.supervisor.lock().expect("nobody else has it yet") = Some(supervisor);
+        Ok(machine)
+    }
+
+    /// What the machine was built from.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// What the machine is doing.
+    pub fn run_state(&self) -> RunState {
+        self.lifecycle().state
+    }
+
+    /// The vCPUs and their threads.
+    pub fn vcpus(&self) -> Vec<VcpuInfo> {
+        self.vcpus
+            .iter()
+            .map(|vcpu| VcpuInfo {
+                index: vcpu.index,
+                thread_id: vcpu.thread_id(),
+            })
+            .collect()
+    }
+
+    /// Starts the guest, or lets it go on. Does nothing if it runs.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        let mut lifecycle = self.lifecycle();
+        let hint = match lifecycle.state {
+            RunState::Running => return Ok(()),
+            RunState::Prelaunch | RunState::Paused | RunState::PostMigrate => {
+                self.run(&mut lifecycle);
+                return Ok(());
+            }
+            RunState::FinishMigrate => {
+                "a migration decides on which host it goes on; wait for its end, or cancel it"
+            }
+            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
+            RunState::Shutdown | RunState::InternalError => "reset it first",
+        };
+        Err(wrong_state("resume the guest", lifecycle.state, hint))
+    }
+
+    /// Stops the guest until [`resume`](Self::resume). Does nothing if it does not run.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        let mut lifecycle = self.lifecycle();
+        let hint = match lifecycle.state {
+            RunState::Running => {
+                self.stop(&mut lifecycle, RunState::Paused);
+                return Ok(());
+            }
+            RunState::FinishMigrate => {
+                "a migration has stopped it already; wait for its end, or cancel it"
+            }
+            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
+            _ => return Ok(()),
+        };
+        Err(wrong_state("pause the guest", lifecycle.state, hint))
+    }
+
+    /// Starts the guest anew from its kernel image, as the reset button does. A guest that did not run waits
+    /// in [`RunState::Prelaunch`] then.
+    pub fn reset(&self) -> Result<(), MachineError> {
+        let mut lifecycle = self.lifecycle();
+        match lifecycle.state {
+            RunState::FinishMigrate => {
+                let hint = "wait for the end of the migration, or cancel it";
+                return Err(wrong_state("reset the guest", lifecycle.state, hint));
+            }
+            RunState::InMigrate => {
+                let hint = "it has not arrived yet; wait for the incoming migration";
+                return Err(wrong_state("reset the guest", lifecycle.state, hint));
+            }
+            RunState::Running => {
+                self.hold();
+                let done = self.switch_on(Occasion::Reset);
+                self.go();
+                done?;
+            }
+            _ => {
+                self.switch_on(Occasion::Reset)?;
+                lifecycle.state = RunState::Prelaunch;
+            }
+        }
+        self.emit(MachineEvent::Reset { guest: false });
+        Ok(())
+    }
+
+    /// Stops the guest for good.
+    pub fn quit(&self) {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.state == RunState::Running {
+            self.hold();
+        }
+        lifecycle.state = RunState::Shutdown;
+        lifecycle.handover = Handover::None;
+        self.emit(MachineEvent::Shutdown { guest: false });
+    }
+
+    /// Says that the guest has left and runs elsewhere.
+    pub fn set_post_migrate(&self) -> Result<(), MachineError> {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.state != RunState::FinishMigrate {
+            let hint = "no migration has stopped it";
+            return Err(wrong_state("complete a migration", lifecycle.state, hint));
+        }
+        lifecycle.state = RunState::PostMigrate;
+        lifecycle.handover = Handover::None;
+        Ok(())
+    }
+
+    pub(crate) fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
+        self.lifecycle
+            .lock()
+            .expect("no holder of the run state panics")
+    }
+
+    pub(crate) fn emit(&self, event: MachineEvent) {
+        // A machine whose user does not listen runs all the same.
+        let _ = self.events.send(event);
+    }
+
+    /// Lets the vCPUs run.
+    pub(crate) fn run(&self, lifecycle: &mut Lifecycle) {
+        lifecycle.state = RunState::Running;
+        lifecycle.handover = Handover::None;
+        self.go();
+        self.emit(MachineEvent::Resume);
+    }
+
+    /// Stops running vCPUs. Their instructions are complete then, and nothing writes to guest memory.
+    pub(crate) fn stop(&self, lifecycle: &mut Lifecycle, state: RunState) {
+        self.hold();
+        for vcpu in &self.vcpus {
+            // Lets the guest's watchdogs know that time went by. It fails if the guest has no kvmclock.
+            let _ = vcpu.lock().fd.kvmclock_ctrl();
+        }
+        lifecycle.state = state;
+        self.emit(MachineEvent::Stop);
+    }
+
+    fn go(&self) {
+        self.gate.set(Wanted::Run);
+        self.bus.serial.accept_input(true);
+    }
+
+    fn hold(&self) {
+        self.bus.serial.accept_input(false);
+        self.gate.set(Wanted::Hold);
+        for thread in &self.threads {
+            thread.kick();
+        }
+        self.gate.wait_until_held();
+    }
+
+    /// Puts the machine into the state in which its kernel starts.
+    fn switch_on(&self, occasion: Occasion) -> Result<(), MachineError> {
+        let Some(images) = &self.images else {
+            return Err(MachineError::Config(
+                "cannot reset the guest: it arrived here without its kernel image; start the destination with the \
+                 source's --kernel"
+                    .into(),
+            ));
+        };
+        let entry = images.load(&self.ram.memory, self.config.memory, occasion)?;
+        let features = self.hypervisor.features;
+        for (vcpu, power_on) in self.vcpus.iter().zip(&self.power_on.cpus) {
+            let inner = vcpu.lock();
+            power_on.load_registers(&inner.fd, features)?;
+            cpu::set_tsc_deadline(&inner.fd, 0)?;
+        }
+        entry.apply(&self.vcpus[0].lock().fd)?;
+        self.power_on.irqchip.load(&self.hypervisor.vm)?;
+        self.power_on.pit.load(&self.hypervisor.vm)?;
+        self.bus.serial.set_state(&SerialState::default())?;
+        self.gate.set_pending(None);
+        Ok(())
+    }
+
+    /// Does what a vCPU of the running guest waits for.
+    pub(crate) fn answer(&self) {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.state != RunState::Running {
+            // Stopped meanwhile; the request stands until the guest goes on.
+            return;
+        }
+        self.hold();
+        match self.gate.pending() {
+            None => self.go(),
+            Some(GuestRequest::Reset) if self.config.on_reset == OnReset::Shutdown => {
+                lifecycle.state = RunState::Shutdown;
+                self.emit(MachineEvent::Shutdown { guest: true });
+            }
+            Some(GuestRequest::Reset) => match self.switch_on(Occasion::Reset) {
+                Ok(()) => {
+                    self.emit(MachineEvent::Reset { guest: true });
+                    self.go();
+                }
+                Err(error) => {
+                    let reason = format!("the guest cannot be reset: {error}");
+                    self.fail(&mut lifecycle, 0, reason);
+                }
+            },
+            Some(GuestRequest::InternalError { vcpu, reason }) => {
+                self.fail(&mut lifecycle, vcpu, reason);
+            }
+        }
+    }
+
+    /// Gives up a guest that cannot go on.
+    pub(crate) fn fail(&self, lifecycle: &mut Lifecycle, vcpu: u32, reason: String) {
+        lifecycle.state = RunState::InternalError;
+        tracing::error!(vcpu, reason, "the guest cannot go on");
+        self.emit(MachineEvent::InternalError { vcpu, reason });
+    }
+}
+
+pub(crate) fn wrong_state(
+    attempted: &'static str,
+    state: RunState,
+    hint: &'static str,
+) -> MachineError {
+    MachineError::State {
+        attempted,
+        state,
+        hint,
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.gate.set(Wanted::Quit);
+        for thread in &self.threads {
+            thread.kick();
+        }
+        for thread in self.threads.drain(..) {
+            thread.join();
+        }
+        let supervisor = self.supervisor.get_mut().map(Option::take);
+        if let Ok(Some(supervisor)) = supervisor
+            // The supervisor itself may hold the last reference; it ends after this.
+            && supervisor.thread().id() != thread::current().id()
+            && supervisor.join().is_err()
+        {
+            tracing::error!("the machine's supervisor has panicked");
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! The machine as the migration engine sees it.
+
+use std::time::Duration;
+
+use kvm_ioctls::VcpuFd;
+use vm_superio::SerialState;
+use vmferry_dirty::DirtyLog;
+use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError, RamBlock};
+
+use crate::error::MachineError;
+use crate::machine::{Handover, Machine, wrong_state};
+use crate::run_state::RunState;
+use crate::state::clock::{self, ClockState};
+use crate::state::cpu::{self, CpuState};
+use crate::state::irqchip::{IRQCHIP, IrqchipState, PIT, PitState};
+use crate::state::machine::{self as description, Description};
+use crate::state::power::{self, PowerState};
+use crate::state::serial::{self, SavedSerial};
+use crate::state::Sections;
+use crate::vcpu::GuestRequest;
+
+impl Guest for Machine {
+    fn ram(&self) -> &[RamBlock] {
+        &self.ram.blocks
+    }
+
+    fn dirty_log(&self) -> &dyn DirtyLog {
+        &self.log
+    }
+
+    fn describe(&self) -> Result<DeviceState, GuestError> {
+        description::SECTION.encode(0, &self.lifecycle().description)
+    }
+
+    fn check_description(&self, source: &DeviceState) -> Result<(), GuestError> {
+        let kind = description::SECTION;
+        if source.idstr != kind.name || source.instance_id != 0 {
+            return Err(GuestError(format!(
+                "the source describes a '{}' where a '{}' was expected: it is not a vmferry machine",
+                source.idstr.escape_debug(),
+                kind.name
+            )));
+        }
+        let source: Description = kind.decode(source)?;
+        self.offers
+            .accepts(&source, self.hypervisor.features.tsc_scaling)
+            .map_err(GuestError::new)
+    }
+
+    fn pause(&self) -> Result<Activity, GuestError> {
+        let mut lifecycle = self.lifecycle();
+        let before = lifecycle.state;
+        let (activity, hint) = match before {
+            RunState::Running => (Activity::Running, ""),
+            RunState::Prelaunch | RunState::Paused | RunState::PostMigrate => {
+                (Activity::Paused, "")
+            }
+            RunState::FinishMigrate => (Activity::Paused, "another migration has stopped it"),
+            RunState::InMigrate => (Activity::Paused, "it has not arrived here yet"),
+            RunState::Shutdown | RunState::InternalError => (Activity::Paused, "reset it first"),
+        };
+        if !hint.is_empty() {
+            return Err(GuestError::new(wrong_state(
+                "migrate the guest",
+                before,
+                hint,
+            )));
+        }
+        if activity == Activity::Running {
+            self.stop(&mut lifecycle, RunState::FinishMigrate);
+            if let Some(GuestRequest::InternalError { vcpu, reason }) = self.gate.pending() {
+                let why = GuestError(format!("cannot migrate the guest: vCPU {vcpu}: {reason}"));
+                self.fail(&mut lifecycle, vcpu, reason);
+                return Err(why);
+            }
+        }
+        match self.read_clocks() {
+            Ok(clocks) => {
+                lifecycle.state = RunState::FinishMigrate;
+                lifecycle.handover = Handover::Leaving { before, clocks };
+                Ok(activity)
+            }
+            Err(error) => {
+                match activity {
+                    Activity::Running => self.run(&mut lifecycle),
+                    Activity::Paused => lifecycle.state = before,
+                }
+                Err(GuestError::new(error))
+            }
+        }
+    }
+
+    fn resume(&self, was: Activity) -> Result<(), GuestError> {
+        let mut lifecycle = self.lifecycle();
+        let Handover::Leaving { before, .. } = lifecycle.handover else {
+            let hint = "no migration has stopped it here";
+            let error = wrong_state("let the guest go on", lifecycle.state, hint);
+            return Err(GuestError::new(error));
+        };
+        match was {
+            Activity::Running => self.run(&mut lifecycle),
+            Activity::Paused => {
+                lifecycle.state = before;
+                lifecycle.handover = Handover::None;
+            }
+        }
+        Ok(())
+    }
+
+    fn save_devices(&self) -> Result<Vec<DeviceState>, GuestError> {
+        let lifecycle = self.lifecycle();
+        let Handover::Leaving { clocks, .. } = &lifecycle.handover else {
+            let hint = "no migration has stopped it";
+            let error = wrong_state("save the guest's state", lifecycle.state, hint);
+            return Err(GuestError::new(error));
+        };
+        let mut sections = Vec::with_capacity(self.vcpus.len() + 5);
+        let features = self.hypervisor.features;
+        for vcpu in &self.vcpus {
+            let failed = |e: MachineError| cpu::SECTION.error(vcpu.index, "save", e);
+            let state = CpuState::save(&vcpu.lock(), features, &self.msrs).map_err(failed)?;
+            sections.push(cpu::SECTION.encode(vcpu.index, &state)?);
+        }
+        let vm = &self.hypervisor.vm;
+        let irqchip = IrqchipState::save(vm).map_err(|e| IRQCHIP.error(0, "save", e))?;
+        sections.push(IRQCHIP.encode(0, &irqchip)?);
+        let pit = PitState::save(vm).map_err(|e| PIT.error(0, "save", e))?;
+        sections.push(PIT.encode(0, &pit)?);
+        sections.push(clock::SECTION.encode(0, clocks)?);
+        let serial = SavedSerial::from(self.bus.serial.state());
+        sections.push(serial::SECTION.encode(0, &serial)?);
+        let power = match self.gate.pending() {
+            Some(GuestRequest::Reset) => PowerState::ResetRequested,
+            _ => PowerState::On,
+        };
+        sections.push(power::SECTION.encode(0, &power)?);
+        Ok(sections)
+    }
+
+    fn load_devices(&self, states: &[DeviceState]) -> Result<(), GuestError> {
+        let mut lifecycle = self.lifecycle();
+        if !matches!(
+            lifecycle.state,
+            RunState::InMigrate | RunState::FinishMigrate
+        ) {
+            let hint = "the machine was not started to receive a guest";
+            let error = wrong_state("receive a guest", lifecycle.state, hint);
+            return Err(GuestError::new(error));
+        }
+        // Everything is decoded before anything is changed.
+        let mut sections = Sections::new(states);
+        let cpus = self
+            .vcpus
+            .iter()
+            .map(|vcpu| sections.take::<CpuState>(cpu::SECTION, vcpu.index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let irqchip: IrqchipState = sections.take(IRQCHIP, 0)?;
+        let pit: PitState = sections.take(PIT, 0)?;
+        let clocks: ClockState = sections.take(clock::SECTION, 0)?;
+        let serial: SavedSerial = sections.take(serial::SECTION, 0)?;
+        let power: PowerState = sections.take(power::SECTION, 0)?;
+        sections.finish()?;
+        clocks
+            .check(self.vcpus.len())
+            .map_err(|e| clock::SECTION.error(0, "load", e))?;
+
+        let features = self.hypervisor.features;
+        for (vcpu, state) in self.vcpus.iter().zip(&cpus) {
+            let failed = |e: MachineError| cpu::SECTION.error(vcpu.index, "load", e);
+            let mut vcpu = vcpu.lock();
+            if features.tsc_scaling {
+                clocks
+                    .set_frequency(&vcpu.fd)
+                    .map_err(|e| clock::SECTION.error(0, "load", e))?;
+            }
+            state.load(&mut vcpu, features).map_err(failed)?;
+        }
+        let vm = &self.hypervisor.vm;
+        irqchip.load(vm).map_err(|e| IRQCHIP.error(0, "load", e))?;
+        pit.load(vm).map_err(|e| PIT.error(0, "load", e))?;
+        self.bus
+            .serial
+            .set_state(&SerialState::from(serial))
+            .map_err(|e| serial::SECTION.error(0, "load", e))?;
+        self.gate.set_pending(match power {
+            PowerState::On => None,
+            PowerState::ResetRequested => Some(GuestRequest::Reset),
+        });
+
+        lifecycle.description = Description {
+            tsc_khz: clocks.tsc_khz(),
+            cpuid: cpus[0].cpuid().to_vec(),
+            ..self.offers.clone()
+        };
+        lifecycle.handover = Handover::Arrived {
+            clocks,
+            tsc_deadlines: cpus.iter().map(CpuState::tsc_deadline).collect(),
+        };
+        Ok(())
+    }
+
+    fn start(&self, activity: Activity, paused_for: Duration) -> Result<(), GuestError> {
+        let mut lifecycle = self.lifecycle();
+        let Handover::Arrived {
+            clocks,
+            tsc_deadlines,
+        } = &lifecycle.handover
+        else {
+            let hint = "no guest's state has arrived here";
+            let error = wrong_state("start the guest", lifecycle.state, hint);
+            return Err(GuestError::new(error));
+        };
+        self.set_clocks(clocks, paused_for, tsc_deadlines)
+            .map_err(|e| clock::SECTION.error(0, "load", e))?;
+        match activity {
+            Activity::Running => self.run(&mut lifecycle),
+            Activity::Paused => {
+                lifecycle.state = RunState::Paused;
+                lifecycle.handover = Handover::None;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Machine {
+    fn read_clocks(&self) -> Result<ClockState, MachineError> {
+        let vcpus: Vec<_> = self.vcpus.iter().map(|vcpu| vcpu.lock()).collect();
+        ClockState::save(&self.hypervisor.vm, vcpus.iter().map(|vcpu| &vcpu.fd))
+    }
+
+    fn set_clocks(
+        &self,
+        clocks: &ClockState,
+        later: Duration,
+        tsc_deadlines: &[u64],
+    ) -> Result<(), MachineError> {
+        let vcpus: Vec<_> = self.vcpus.iter().map(|vcpu| vcpu.lock()).collect();
+        let fds: Vec<&VcpuFd> = vcpus.iter().map(|vcpu| &vcpu.fd).collect();
+        clocks.load(later, &self.hypervisor.vm, fds.iter().copied())?;
+        for (fd, deadline) in fds.iter().zip(tsc_deadlines) {
+            cpu::set_tsc_deadline(fd, *deadline)?;
+        }
+        Ok(())
+    }
+}

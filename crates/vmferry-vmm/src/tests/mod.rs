@@ -1,0 +1,94 @@
+//! Whole machines, run by KVM. They are skipped, loudly, where there is none.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::{Backing, Machine, MachineConfig, MachineEvent, OnReset, SerialConfig};
+
+mod guest;
+mod life;
+mod migration;
+
+/// Longest time that anything in a test may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Whether machines can run here; says so if not.
+fn kvm() -> bool {
+    let there = kvm_ioctls::Kvm::new().is_ok();
+    if !there {
+        eprintln!("SKIPPED: /dev/kvm cannot be opened, so no machine can run here");
+    }
+    there
+}
+
+fn config(cpus: u32, serial: &Path) -> MachineConfig {
+    MachineConfig {
+        name: "test".into(),
+        cpus,
+        memory: 64 << 20,
+        backing: Backing::Private,
+        kernel: Some(guest::kernel()),
+        initrd: None,
+        cmdline: "console=ttyS0".into(),
+        serial: SerialConfig::File(serial.to_owned()),
+        on_reset: OnReset::Reset,
+        incoming: false,
+    }
+}
+
+fn machine(config: MachineConfig) -> (Arc<Machine>, Receiver<MachineEvent>) {
+    let (sender, events) = mpsc::channel();
+    (Machine::new(config, sender).unwrap(), events)
+}
+
+fn u64_at(machine: &Machine, at: u64) -> u64 {
+    machine.ram.memory.read_obj(GuestAddress(at)).unwrap()
+}
+
+fn u32_at(machine: &Machine, at: u64) -> u32 {
+    machine.ram.memory.read_obj(GuestAddress(at)).unwrap()
+}
+
+fn command(machine: &Machine, command: u8) {
+    machine
+        .ram
+        .memory
+        .write_obj(command, GuestAddress(guest::COMMAND))
+        .unwrap();
+}
+
+#[track_caller]
+fn wait_for(what: &str, mut happened: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !happened() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[track_caller]
+fn expect(events: &Receiver<MachineEvent>, wanted: &MachineEvent) {
+    let event = events
+        .recv_timeout(PATIENCE)
+        .unwrap_or_else(|_| panic!("waited in vain for {wanted:?}"));
+    assert_eq!(event, *wanted);
+}
+
+/// Waits until the guest goes on: digits, ticks, and with several vCPUs the counter of the others.
+#[track_caller]
+fn wait_for_progress(machine: &Machine) {
+    let (ticks, tsc) = (u32_at(machine, guest::TICKS), u64_at(machine, guest::TSC));
+    wait_for("timer ticks", || u32_at(machine, guest::TICKS) > ticks.wrapping_add(1));
+    wait_for("the boot processor", || u64_at(machine, guest::TSC) > tsc);
+    if machine.config().cpus > 1 {
+        let counter = u32_at(machine, guest::AP_COUNTER);
+        wait_for("the application processors", || {
+            u32_at(machine, guest::AP_COUNTER) != counter
+        });
+    }
+}
