@@ -1,4 +1,26 @@
-//! The live migration engine.
+//! The live migration engine: moves a running guest from one process to another without losing a byte.
+//!
+//! A VMM implements [`seam::Guest`]; [`Source`] then copies the guest away and [`Destination`] receives it.
+//! The engine knows no KVM, no devices and no monitor. `examples/toy.rs` is the smallest VMM that migrates.
 
-pub mod ram;
+mod cancel;
+pub mod destination;
+mod error;
+mod info;
+mod params;
+mod ram;
+mod run_state;
 pub mod seam;
+pub mod source;
+mod status;
+pub mod transport;
+mod zero;
+
+pub use destination::Destination;
+pub use error::MigrationError;
+pub use info::{Info, Observer, RamInfo};
+pub use params::Parameters;
+pub use ram::{RamBlock, RamBlockError};
+pub use source::{Source, SteerError};
+pub use status::Status;
+pub use transport::{Uri, UriError};

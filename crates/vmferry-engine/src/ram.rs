@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use vmferry_dirty::{PAGE_SIZE, PageIndex, PageRange};
 
+use crate::zero::is_zero_page;
+
 /// Longest name that the stream can carry, in bytes.
 pub const MAX_NAME: usize = 255;
 
@@ -16,18 +18,19 @@ pub const MAX_NAME: usize = 255;
 ///
 /// # Invariants
 ///
-/// `host..host + pages * PAGE_SIZE` is mapped readable and writable for as long as `mapping` lives, and
+/// `host..host + pages * PAGE_SIZE` is mapped readable and writable for as long as `_mapping` lives, and
 /// `host` is page-aligned. [`RamBlock::new`] asks its caller for exactly this.
 #[derive(Clone)]
 pub struct RamBlock {
     name: Arc<str>,
     host: *mut u8,
     pages: usize,
-    mapping: Arc<dyn Any + Send + Sync>,
+    /// Only kept: dropping the last clone unmaps the memory.
+    _mapping: Arc<dyn Any + Send + Sync>,
 }
 
 // SAFETY: the pointer is only an address of shared memory; every access goes through methods that are sound
-// under concurrent access, and `mapping` (itself Send + Sync) keeps the memory mapped.
+// under concurrent access, and `_mapping` (itself Send + Sync) keeps the memory mapped.
 unsafe impl Send for RamBlock {}
 // SAFETY: as for Send.
 unsafe impl Sync for RamBlock {}
@@ -79,7 +82,7 @@ impl RamBlock {
             name: name.into(),
             host,
             pages: len / PAGE_SIZE,
-            mapping,
+            _mapping: mapping,
         })
     }
 
@@ -101,6 +104,63 @@ impl RamBlock {
     /// Whether the block has no page.
     pub fn is_empty(&self) -> bool {
         self.pages == 0
+    }
+
+    /// Whether a page holds nothing but zeros at the moment of asking.
+    pub fn is_zero(&self, page: PageIndex) -> bool {
+        // SAFETY: page_ptr returns a mapped, aligned page.
+        unsafe { is_zero_page(self.page_ptr(page)) }
+    }
+
+    /// Replaces a page's content.
+    pub fn write_page(&self, page: PageIndex, content: &[u8; PAGE_SIZE]) {
+        // SAFETY: page_ptr returns a mapped, writable page; `content` is a Rust reference, which by
+        // RamBlock::new's contract does not point into guest memory, so the two do not overlap.
+        unsafe {
+            self.page_ptr(page)
+                .copy_from_nonoverlapping(content.as_ptr(), PAGE_SIZE);
+        }
+    }
+
+    /// Makes a page all zeros.
+    pub fn write_zeros(&self, page: PageIndex) {
+        // SAFETY: page_ptr returns a mapped, writable page.
+        unsafe { self.page_ptr(page).write_bytes(0, PAGE_SIZE) };
+    }
+
+    /// Copies a page's content out, as it is at the moment.
+    pub fn read_page(&self, page: PageIndex, content: &mut [u8; PAGE_SIZE]) {
+        // SAFETY: page_ptr returns a mapped page, which `content` does not overlap (see write_page).
+        unsafe {
+            self.page_ptr(page)
+                .copy_to_nonoverlapping(content.as_mut_ptr(), PAGE_SIZE);
+        }
+    }
+
+    /// The memory of a range of pages, for system calls that read it.
+    pub(crate) fn iovec(&self, range: PageRange) -> libc::iovec {
+        assert!(range.end.0 <= self.pages, "{range:?} is outside {self:?}");
+        libc::iovec {
+            // Inside the mapping, or its end if the range is empty.
+            iov_base: self.host.wrapping_add(range.start.offset()).cast(),
+            iov_len: range.len() * PAGE_SIZE,
+        }
+    }
+
+    /// Has the kernel back a range with memory now, before it is written to. Content stays as it is.
+    pub(crate) fn populate(&self, range: PageRange) -> std::io::Result<()> {
+        let memory = self.iovec(range);
+        // SAFETY: the range lies in the mapping, and populating it does not change its content.
+        match unsafe { libc::madvise(memory.iov_base, memory.iov_len, libc::MADV_POPULATE_WRITE) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+
+    fn page_ptr(&self, page: PageIndex) -> *mut u8 {
+        assert!(page.0 < self.pages, "{page} is outside {self:?}");
+        // SAFETY: the page lies inside the mapping.
+        unsafe { self.host.add(page.offset()) }
     }
 }
 

@@ -24,6 +24,14 @@
 //!   (law 1). `vmferry_dirty::VmmWriteLog` is there for the VMM's own writes.
 //! - On a destination, all RAM reads as zero before the first byte of the stream arrives: zero pages that
 //!   come as the first content of a page are not written, so that memory the guest never used stays free.
+//!
+//! # A toy VMM
+//!
+//! `examples/toy.rs`, whole. It runs as a test of this documentation.
+//!
+//! ```
+#![doc = include_str!("../examples/toy.rs")]
+//! ```
 
 use std::time::Duration;
 

@@ -1,0 +1,262 @@
+//! Receiving one stream: RAM, devices, and the guest itself.
+
+use std::time::{Duration, Instant};
+
+use vmferry_dirty::{PAGE_SIZE, PageIndex};
+use vmferry_wire::{
+    Command, Decoder, DeviceState, Event, RamLayout, ReturnPathMessage, StreamError,
+};
+
+use super::Shared;
+use super::populate::Populator;
+use crate::error::MigrationError;
+use crate::ram::RamBlock;
+use crate::run_state;
+use crate::seam::{Activity, Guest, GuestError};
+use crate::status::Status;
+use crate::transport::Channel;
+
+/// Pages between two updates of the figures.
+const UPDATE_INTERVAL: u64 = 4096;
+
+/// How long the source gets to read why its guest was refused.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// One incoming stream.
+pub(super) struct Receiver<'a> {
+    guest: &'a dyn Guest,
+    channel: &'a Channel,
+    shared: &'a Shared,
+    stream: Decoder<&'a Channel>,
+    memory: Memory<'a>,
+    /// The source reads a return path: nothing runs before it says so.
+    two_way: bool,
+    /// When the source's guest was paused, as far as can be seen from here.
+    paused_since: Option<Instant>,
+    /// The machine's description came, and fits.
+    described: bool,
+    devices: Vec<DeviceState>,
+    activity: Activity,
+}
+
+impl<'a> Receiver<'a> {
+    pub(super) fn new(
+        guest: &'a dyn Guest,
+        channel: &'a Channel,
+        shared: &'a Shared,
+    ) -> Result<Self, MigrationError> {
+        let ram = guest.ram();
+        let layout = RamLayout::new(ram.iter().map(|b| (b.name(), b.len() as u64)))?;
+        shared.update(|info| info.ram.total = layout.total());
+        Ok(Receiver {
+            guest,
+            channel,
+            shared,
+            stream: Decoder::new(channel, layout),
+            memory: Memory::new(ram),
+            two_way: false,
+            paused_since: None,
+            described: false,
+            devices: Vec::new(),
+            activity: Activity::Running,
+        })
+    }
+
+    /// Receives the guest and starts it, or says why not.
+    pub(super) fn run(mut self) -> Result<(), MigrationError> {
+        let ram = self.guest.ram();
+        let result = std::thread::scope(|scope| {
+            let (mut populator, _thread) =
+                Populator::start(scope, ram).map_err(|source| MigrationError::Connection {
+                    peer: "source",
+                    source,
+                })?;
+            self.receive(&mut populator)
+        });
+        let result = result.and_then(|()| self.take_over());
+        if let Err(error) = &result
+            && self.two_way
+            && !matches!(error, MigrationError::Undecided { .. })
+        {
+            // The source may be gone, and then there is nobody to tell.
+            let _ = self.answer(&ReturnPathMessage::Error(error.to_string()));
+            let _ = self.answer(&ReturnPathMessage::Shut(1));
+            self.channel.close_after_last_words(LAST_WORDS);
+        }
+        result
+    }
+
+    /// Reads the stream up to the point where the guest is complete here.
+    fn receive(&mut self, populator: &mut Populator) -> Result<(), MigrationError> {
+        let mut pages = 0;
+        loop {
+            // Pages first: they are nearly everything.
+            match self.stream.next()? {
+                Event::Page {
+                    block,
+                    offset,
+                    data,
+                } => {
+                    let page = PageIndex(offset as usize / PAGE_SIZE);
+                    populator.data_arrives(block, page);
+                    self.memory.page(block, page, data);
+                    pages += 1;
+                }
+                Event::ZeroPage { block, offset } => {
+                    self.memory
+                        .zero_page(block, PageIndex(offset as usize / PAGE_SIZE));
+                    pages += 1;
+                }
+                Event::RamPartEnd { .. } => {
+                    if pages >= UPDATE_INTERVAL {
+                        pages = 0;
+                        self.publish();
+                    }
+                }
+                Event::Configuration { .. } | Event::RamSetup => {}
+                Event::Command(command) => self.command(command)?,
+                Event::DeviceState(state) => self.device(state)?,
+                Event::VmDescription(_) if self.two_way => return Ok(()),
+                Event::VmDescription(_) => {}
+                Event::EndOfStream => return Ok(()),
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) -> Result<(), MigrationError> {
+        match command {
+            Command::OpenReturnPath => self.two_way = true,
+            Command::Ping(number) => self.answer(&ReturnPathMessage::Pong(number))?,
+            Command::SwitchoverStart => {
+                self.paused_since = Some(Instant::now());
+                self.shared.enter(Status::Device);
+            }
+            // The decoder lets it pass only where `take_over` waits for it.
+            Command::HandoverRun => {}
+        }
+        Ok(())
+    }
+
+    fn device(&mut self, state: DeviceState) -> Result<(), MigrationError> {
+        if self.paused_since.is_none() {
+            self.guest.check_description(&state)?;
+            self.described = true;
+        } else if state.idstr == run_state::IDSTR {
+            self.activity = run_state::decode(&state)?;
+        } else {
+            self.devices.push(state);
+        }
+        Ok(())
+    }
+
+    /// Loads the devices, asks for the guest, and runs it (law 7: not before the source has given it up).
+    fn take_over(&mut self) -> Result<(), MigrationError> {
+        self.publish();
+        let paused_since = match self.paused_since {
+            Some(since) if self.described => since,
+            _ => {
+                let why = "the stream ended without the machine's description or without a paused guest: \
+                           is the other side a vmferry of the same version?";
+                return Err(GuestError::new(why).into());
+            }
+        };
+        self.guest.load_devices(&self.devices)?;
+        if self.two_way {
+            self.answer(&ReturnPathMessage::HandoverLoaded)?;
+            if let Err(lost) = self.wait_for_run() {
+                // The source may have given the guest up, with its word lost on the way; or not. Nobody
+                // may run it before its user has looked, and nobody may throw it away.
+                self.guest.start(Activity::Paused, paused_since.elapsed())?;
+                return Err(MigrationError::Undecided {
+                    peer: "source",
+                    why: lost.to_string(),
+                });
+            }
+        }
+        self.guest.start(self.activity, paused_since.elapsed())?;
+        self.shared
+            .update(|info| info.downtime = Some(paused_since.elapsed()));
+        if self.two_way {
+            // The guest runs here, whether or not the source hears of it.
+            let _ = self.answer(&ReturnPathMessage::Shut(0));
+        }
+        Ok(())
+    }
+
+    fn wait_for_run(&mut self) -> Result<(), StreamError> {
+        loop {
+            if let Event::Command(Command::HandoverRun) = self.stream.next()? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn answer(&self, message: &ReturnPathMessage) -> Result<(), MigrationError> {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let piece = libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        };
+        // SAFETY: the piece is `bytes`, which lives until the end of the function. A few bytes on an
+        // otherwise idle direction of the socket are taken at once or never.
+        let written = unsafe { self.channel.write_pieces(&[piece]) };
+        let source = match written {
+            Ok(n) if n == bytes.len() => return Ok(()),
+            Ok(_) => std::io::ErrorKind::WriteZero.into(),
+            Err(error) => error,
+        };
+        Err(MigrationError::Connection {
+            peer: "source",
+            source,
+        })
+    }
+
+    fn publish(&self) {
+        let (normal, duplicate) = (self.memory.normal, self.memory.zero);
+        self.shared.update(|info| {
+            info.ram.transferred = self.stream.consumed();
+            info.ram.normal = normal;
+            info.ram.duplicate = duplicate;
+        });
+    }
+}
+
+/// Guest RAM as it fills.
+struct Memory<'a> {
+    ram: &'a [RamBlock],
+    /// One bit for each page that has been given content. The others are still zero, as the seam promises,
+    /// and a zero page there need not be written: memory that the guest never used stays free.
+    written: Vec<Vec<u64>>,
+    normal: u64,
+    zero: u64,
+}
+
+impl<'a> Memory<'a> {
+    fn new(ram: &'a [RamBlock]) -> Self {
+        Memory {
+            ram,
+            written: ram
+                .iter()
+                .map(|b| vec![0; b.pages().div_ceil(64)])
+                .collect(),
+            normal: 0,
+            zero: 0,
+        }
+    }
+
+    #[inline]
+    fn page(&mut self, block: usize, page: PageIndex, data: &[u8; PAGE_SIZE]) {
+        self.written[block][page.0 / 64] |= 1 << (page.0 % 64);
+        self.ram[block].write_page(page, data);
+        self.normal += 1;
+    }
+
+    #[inline]
+    fn zero_page(&mut self, block: usize, page: PageIndex) {
+        if self.written[block][page.0 / 64] >> (page.0 % 64) & 1 == 1 {
+            self.ram[block].write_zeros(page);
+        }
+        self.zero += 1;
+    }
+}

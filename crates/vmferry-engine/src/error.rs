@@ -1,0 +1,73 @@
+//! Why a migration did not succeed.
+
+use std::io;
+
+use vmferry_dirty::LogError;
+use vmferry_wire::{EncodeError, LayoutError, ReturnPathError, StreamError};
+
+use crate::seam::GuestError;
+use crate::transport::TransportError;
+
+/// Why a migration failed, on either side. Unless it is [`Undecided`](MigrationError::Undecided), the source's
+/// guest goes on as before, and the destination's never ran.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrationError {
+    /// The transport could not be opened or completed.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The connection broke.
+    #[error("the connection to the {peer} broke: {source}; the guest goes on where it was")]
+    Connection {
+        /// "source" or "destination".
+        peer: &'static str,
+        /// The kernel's words.
+        source: io::Error,
+    },
+    /// Nothing moved for too long.
+    #[error(
+        "the destination has {what} for {} ms (x-vmferry-peer-timeout); is it stopped, or the network down?",
+        waited.as_millis()
+    )]
+    PeerTimeout {
+        /// What the destination did not do.
+        what: &'static str,
+        /// For how long.
+        waited: std::time::Duration,
+    },
+    /// The destination said why it cannot take the guest.
+    #[error("the destination refused: {0}")]
+    Refused(String),
+    /// The destination's words made no sense, or it left without any.
+    #[error(transparent)]
+    ReturnPath(#[from] ReturnPathError),
+    /// The source's stream is damaged, cut or not for this machine.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// The virtual machine could not do its part.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The dirty log failed.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The guest does not fit into a stream.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// The guest's RAM blocks do not fit into a stream.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The user cancelled.
+    #[error("the migration was cancelled")]
+    Cancelled,
+    /// The connection was lost while the guest changed hands: nobody can know from here whether it runs on
+    /// the other side. It stays paused on this side.
+    #[error(
+        "the connection was lost during the hand-over ({why}); the guest is paused here. If it runs on the \
+         {peer}, quit this one; if it does not, continue it here with 'cont'"
+    )]
+    Undecided {
+        /// "source" or "destination".
+        peer: &'static str,
+        /// What was lost, and how.
+        why: String,
+    },
+}

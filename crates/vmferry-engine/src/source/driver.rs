@@ -1,0 +1,224 @@
+//! The phases of an outgoing migration, in order.
+
+use std::time::{Duration, Instant};
+
+use vmferry_dirty::{ArmingChunk, DirtyTracker};
+use vmferry_wire::{Command, DeviceState, Encoder, RamLayout};
+
+use super::pace::{BandwidthMeter, RateLimiter};
+use super::return_path::ReturnPath;
+use super::shared::Shared;
+use super::writer::{Flushed, StreamWriter};
+use crate::error::MigrationError;
+use crate::seam::{Activity, Guest};
+use crate::status::Status;
+use crate::transport::{Channel, ChannelKind, Outgoing, Uri};
+
+/// The machine type in the stream's configuration section.
+pub(crate) const MACHINE_TYPE: &str = "microvm";
+
+/// What the migration has done to the guest so far, and so what a failure has to undo.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Hold {
+    /// It is its user's.
+    None,
+    /// Paused for the switch-over since then.
+    Paused { was: Activity, since: Instant },
+}
+
+/// One outgoing migration. Each phase is a method; they are called in the order of [`Driver::migrate`].
+pub(super) struct Driver<'a> {
+    pub(super) guest: &'a dyn Guest,
+    pub(super) shared: &'a Shared,
+    pub(super) channel: &'a Channel,
+    pub(super) writer: StreamWriter,
+    pub(super) return_path: Option<ReturnPath>,
+    pub(super) limiter: RateLimiter,
+    pub(super) meter: BandwidthMeter,
+    pub(super) hold: Hold,
+}
+
+impl<'a> Driver<'a> {
+    /// Runs a migration from the connection to the end, and puts the guest back if it fails.
+    pub(super) fn run(guest: &dyn Guest, uri: &Uri, shared: &Shared) -> Result<(), MigrationError> {
+        shared.enter(Status::Setup);
+        let result = Self::connect_and_migrate(guest, uri, shared).map_err(|error| {
+            match (error, shared.cancel.is_cancelled()) {
+                (error @ MigrationError::Undecided { .. }, _) | (error, false) => error,
+                // Whatever broke, broke because the user cancelled.
+                (_, true) => MigrationError::Cancelled,
+            }
+        });
+        match &result {
+            Ok(()) => shared.enter(Status::Completed),
+            Err(MigrationError::Cancelled) => shared.enter(Status::Cancelled),
+            Err(error) => {
+                tracing::error!(%uri, "migration failed: {error}");
+                shared.update(|info| info.error = Some(error.to_string()));
+                shared.enter(Status::Failed);
+            }
+        }
+        result
+    }
+
+    fn connect_and_migrate(
+        guest: &dyn Guest,
+        uri: &Uri,
+        shared: &Shared,
+    ) -> Result<(), MigrationError> {
+        let timeout = shared.parameters().peer_timeout;
+        let outgoing = Outgoing::open(uri, timeout, &shared.cancel)?;
+        let channel = outgoing.channel();
+        let return_path =
+            match channel.kind() {
+                ChannelKind::Socket => Some(ReturnPath::open(channel).map_err(|source| {
+                    MigrationError::Connection {
+                        peer: "destination",
+                        source,
+                    }
+                })?),
+                ChannelKind::Pipe | ChannelKind::File => None,
+            };
+        let layout = RamLayout::new(guest.ram().iter().map(|b| (b.name(), b.len() as u64)))?;
+        shared.update(|info| info.ram.total = layout.total());
+        let mut driver = Driver {
+            guest,
+            shared,
+            channel,
+            writer: StreamWriter::new(Encoder::new(layout)),
+            return_path,
+            limiter: RateLimiter::new(Instant::now()),
+            meter: BandwidthMeter::default(),
+            hold: Hold::None,
+        };
+        let result = driver.migrate();
+        let hold = driver.hold;
+        let result = match (result, driver.return_path.take()) {
+            (Err(error), Some(return_path)) => Err(return_path.explain(error)),
+            // A one-way stream: what was written must also arrive (on a disk, in a command that succeeds).
+            (Ok(()), None) => outgoing.finish().map_err(MigrationError::from),
+            (result, _) => result,
+        };
+        Self::settle(guest, shared, hold, &result);
+        result
+    }
+
+    /// Puts the guest where the outcome wants it (law 7): a guest that was not given away goes on.
+    fn settle(guest: &dyn Guest, shared: &Shared, hold: Hold, result: &Result<(), MigrationError>) {
+        let Hold::Paused { was, since } = hold else {
+            return;
+        };
+        let activity = match result {
+            Ok(()) => {
+                shared.update(|info| info.downtime = Some(since.elapsed()));
+                return;
+            }
+            Err(MigrationError::Undecided { .. }) => Activity::Paused,
+            Err(_) => was,
+        };
+        if let Err(error) = guest.resume(activity) {
+            tracing::error!("cannot continue the guest after a failed migration: {error}");
+        }
+    }
+
+    fn migrate(&mut self) -> Result<(), MigrationError> {
+        self.open_stream()?;
+        let tracker = self.start_tracking()?;
+        self.open_ram()?;
+        self.precopy(&tracker)?;
+        self.pause()?;
+        self.wait_before_switchover()?;
+        self.send_the_rest(&tracker)?;
+        self.hand_over()
+    }
+
+    /// Header, configuration, and what the destination must look like.
+    fn open_stream(&mut self) -> Result<(), MigrationError> {
+        let two_way = self.return_path.is_some();
+        self.writer.put(|e, out| {
+            e.stream_header(out);
+            e.configuration(out, MACHINE_TYPE)
+        })?;
+        if two_way {
+            self.writer.command(Command::OpenReturnPath);
+        }
+        let description: DeviceState = self.guest.describe()?;
+        self.writer.device(&description)?;
+        self.flush_all()
+    }
+
+    fn start_tracking(&mut self) -> Result<DirtyTracker<'a>, MigrationError> {
+        let sizes: Vec<usize> = self.guest.ram().iter().map(|b| b.pages()).collect();
+        let discipline = self.shared.parameters().discipline;
+        let tracker = DirtyTracker::start(
+            self.guest.dirty_log(),
+            &sizes,
+            discipline,
+            ArmingChunk::default(),
+        )?;
+        self.shared.update(|info| {
+            info.discipline = Some(discipline);
+            info.ram.dirty_sync_count = 1;
+            info.ram.remaining = info.ram.total;
+        });
+        self.shared.pass(1);
+        Ok(tracker)
+    }
+
+    fn open_ram(&mut self) -> Result<(), MigrationError> {
+        self.writer.put(|e, out| e.ram_start(out));
+        self.flush_all()?;
+        self.shared.enter(Status::Active);
+        self.shared
+            .update(|info| info.setup_time = self.shared.started.elapsed());
+        Ok(())
+    }
+
+    /// Stops the guest for the switch-over.
+    fn pause(&mut self) -> Result<(), MigrationError> {
+        let since = Instant::now();
+        let was = self.guest.pause()?;
+        self.hold = Hold::Paused { was, since };
+        Ok(())
+    }
+
+    fn wait_before_switchover(&mut self) -> Result<(), MigrationError> {
+        if self.shared.parameters().pause_before_switchover {
+            self.shared.enter(Status::PreSwitchover);
+            if !self.shared.wait_to_proceed() {
+                return Err(MigrationError::Cancelled);
+            }
+        }
+        self.shared.enter(Status::Device);
+        Ok(())
+    }
+
+    /// Writes everything that waits to be written, whatever time it takes.
+    pub(super) fn flush_all(&mut self) -> Result<(), MigrationError> {
+        match self.flush(None)? {
+            Flushed::All => Ok(()),
+            Flushed::Partly => {
+                unreachable!("without a deadline, flushing ends with everything written")
+            }
+        }
+    }
+
+    /// Writes what waits to be written until `deadline`, and takes note of how fast that went.
+    pub(super) fn flush(&mut self, deadline: Option<Instant>) -> Result<Flushed, MigrationError> {
+        let (before, start) = (self.writer.written(), Instant::now());
+        let timeout: Duration = self.shared.parameters().peer_timeout;
+        let flushed = self.writer.flush(self.channel, deadline, timeout)?;
+        let bytes = self.writer.written() - before;
+        self.meter.wrote(bytes, start.elapsed());
+        self.limiter.sent(bytes);
+        Ok(flushed)
+    }
+
+    /// Fails if the user has cancelled or the destination has given up.
+    pub(super) fn check(&self) -> Result<(), MigrationError> {
+        if self.shared.cancel.is_cancelled() {
+            return Err(MigrationError::Cancelled);
+        }
+        self.return_path.as_ref().map_or(Ok(()), ReturnPath::check)
+    }
+}

@@ -1,0 +1,217 @@
+//! Pre-copy: passes over the dirty bitmap while the guest runs, in slices of bounded length.
+
+use std::time::{Duration, Instant};
+
+use vmferry_dirty::{Cursor, DirtyTracker, PAGE_SIZE, PageIndex, Run};
+
+use super::driver::{Driver, Hold};
+use super::pace::Allowance;
+use super::writer::Flushed;
+use crate::error::MigrationError;
+
+/// Law 5: a slice ends after this time, with or without a lock held.
+pub(super) const MAX_WAIT: Duration = Duration::from_millis(50);
+
+/// Pages in one RAM section of the stream, and between two looks at the clock. A megabyte, so that what
+/// the search for zeros has read is still in the processor's cache when the kernel copies it.
+const BATCH_PAGES: usize = 256;
+
+/// Bytes that a page takes in the stream: its record and itself.
+const PAGE_ON_WIRE: u64 = PAGE_SIZE as u64 + 8;
+
+/// Below this, a shorter downtime is not worth another pass.
+const GOOD_DOWNTIME: Duration = Duration::from_millis(1);
+
+/// Why a slice ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SliceEnd {
+    /// No dirty page is left ahead of the cursor, and everything taken was written.
+    PassDone,
+    /// [`MAX_WAIT`] is over.
+    TimeIsUp,
+    /// The bandwidth limit allows nothing more for so long.
+    RateLimit(Duration),
+}
+
+/// Whether the user's bandwidth limit holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// While the guest runs.
+    Limited,
+    /// During the switch-over, when the guest waits.
+    Unlimited,
+}
+
+/// What a pass did.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pages {
+    normal: u64,
+    zero: u64,
+}
+
+impl Driver<'_> {
+    /// Copies RAM until what is left can be sent within the downtime limit.
+    pub(super) fn precopy(&mut self, tracker: &DirtyTracker<'_>) -> Result<(), MigrationError> {
+        let mut last_sync = Instant::now();
+        loop {
+            let before = tracker.set().dirty_pages();
+            self.pass(tracker, Pace::Limited)?;
+            self.sync(tracker)?;
+            let dirty = tracker.set().dirty_pages();
+            let elapsed = std::mem::replace(&mut last_sync, Instant::now()).elapsed();
+            let expected = self.meter.time_for(dirty * PAGE_ON_WIRE);
+            self.shared.update(|info| {
+                info.ram.dirty_pages_rate = per_second(dirty, elapsed);
+                info.ram.pages_per_second = per_second(before, elapsed);
+                info.expected_downtime = expected;
+            });
+            tracing::debug!(dirty, ?expected, bandwidth = self.meter.rate(), "pass done");
+            if expected <= self.shared.parameters().downtime_limit {
+                // The limit is what the user bears, not what we aim for: go on as long as each pass makes
+                // the rest much smaller. That is a handful of passes, each shorter than the one before.
+                let shrinking = dirty <= before / 2;
+                if expected <= GOOD_DOWNTIME || !shrinking {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Fetches the dirty log into the bitmap.
+    pub(super) fn sync(&mut self, tracker: &DirtyTracker<'_>) -> Result<(), MigrationError> {
+        tracker.sync()?;
+        let mut number = 0;
+        self.shared.update(|info| {
+            info.ram.dirty_sync_count += 1;
+            number = info.ram.dirty_sync_count;
+        });
+        self.shared.pass(number);
+        Ok(())
+    }
+
+    /// Sends every page that is dirty in the bitmap, from its first block to its last.
+    pub(super) fn pass(
+        &mut self,
+        tracker: &DirtyTracker<'_>,
+        pace: Pace,
+    ) -> Result<(), MigrationError> {
+        let mut cursor = Cursor::default();
+        loop {
+            let end = self.slice(tracker, &mut cursor, pace)?;
+            self.publish(tracker);
+            self.check()?;
+            match end {
+                SliceEnd::PassDone => return Ok(()),
+                SliceEnd::TimeIsUp => {}
+                SliceEnd::RateLimit(wait) => self.idle(wait)?,
+            }
+        }
+    }
+
+    /// A slice of work: sends dirty pages from the cursor on, until one of the reasons of [`SliceEnd`].
+    fn slice(
+        &mut self,
+        tracker: &DirtyTracker<'_>,
+        cursor: &mut Cursor,
+        pace: Pace,
+    ) -> Result<SliceEnd, MigrationError> {
+        let deadline = Instant::now() + MAX_WAIT;
+        // What the slice before could not write must go first, and needs no lock.
+        if self.flush(Some(deadline))? == Flushed::Partly {
+            return Ok(SliceEnd::TimeIsUp);
+        }
+        let mut slice = tracker.slice(cursor);
+        loop {
+            let allowed = match self.allowance(pace) {
+                Allowance::Wait(wait) => return Ok(SliceEnd::RateLimit(wait)),
+                Allowance::Bytes(bytes) => bytes / PAGE_ON_WIRE,
+            };
+            let max = BATCH_PAGES.min(usize::try_from(allowed).unwrap_or(BATCH_PAGES).max(1));
+            let mut sent = Pages::default();
+            self.writer.put(|e, out| e.ram_part(out));
+            let mut room = max;
+            while room > 0 {
+                let Some(run) = slice.next_run(room)? else {
+                    break;
+                };
+                room -= run.pages.len();
+                self.put_run(run, &mut sent);
+            }
+            self.writer.put(|e, out| e.end_of_ram_records(out));
+            self.shared.update(|info| {
+                info.ram.normal += sent.normal;
+                info.ram.duplicate += sent.zero;
+            });
+            let flushed = self.flush(Some(deadline))?;
+            if flushed == Flushed::Partly || Instant::now() >= deadline {
+                return Ok(SliceEnd::TimeIsUp);
+            }
+            if room > 0 {
+                return Ok(SliceEnd::PassDone);
+            }
+            if self.shared.cancel.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+        }
+    }
+
+    fn allowance(&mut self, pace: Pace) -> Allowance {
+        match pace {
+            Pace::Limited => {
+                let limit = self.shared.parameters().max_bandwidth;
+                self.limiter.allowance(Instant::now(), limit)
+            }
+            Pace::Unlimited => Allowance::Bytes(u64::MAX),
+        }
+    }
+
+    fn put_run(&mut self, run: Run, sent: &mut Pages) {
+        let guest = self.guest;
+        let block = &guest.ram()[run.block.0];
+        for page in run.pages.indices() {
+            if block.is_zero(PageIndex(page)) {
+                self.writer.zero_page(run.block.0, page);
+                sent.zero += 1;
+            } else {
+                self.writer.page(run.block.0, block, page);
+                sent.normal += 1;
+            }
+        }
+    }
+
+    /// Waits for the rate limit, unless something happens.
+    fn idle(&mut self, time: Duration) -> Result<(), MigrationError> {
+        let end = Instant::now() + time;
+        loop {
+            self.check()?;
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            // Short steps, because the destination's words are heard by another thread.
+            std::thread::sleep(left.min(Duration::from_millis(10)));
+        }
+    }
+
+    /// Makes the figures current.
+    pub(super) fn publish(&mut self, tracker: &DirtyTracker<'_>) {
+        let written = self.writer.written();
+        let remaining = tracker.set().dirty_pages() * PAGE_SIZE as u64;
+        let paused = matches!(self.hold, Hold::Paused { .. });
+        let bandwidth = self.meter.rate();
+        self.shared.update(|info| {
+            let new = written - info.ram.transferred;
+            info.ram.transferred = written;
+            match paused {
+                true => info.ram.downtime_bytes += new,
+                false => info.ram.precopy_bytes += new,
+            }
+            info.ram.remaining = remaining;
+            info.bandwidth = bandwidth;
+        });
+    }
+}
+
+fn per_second(count: u64, time: Duration) -> u64 {
+    (count as f64 / time.as_secs_f64().max(1e-6)) as u64
+}

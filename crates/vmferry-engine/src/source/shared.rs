@@ -1,0 +1,165 @@
+//! What the migration thread shares with those who watch and steer it.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::cancel::CancelToken;
+use crate::info::{Info, Observer};
+use crate::params::Parameters;
+use crate::status::Status;
+
+/// How far a migration has gone towards giving the guest away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ownership {
+    /// The guest is ours; cancelling is possible.
+    Ours,
+    /// The user has cancelled.
+    Cancelled,
+    /// The guest is, or may be, the destination's.
+    GivenAway,
+}
+
+/// Shared between the migration thread and its handles.
+pub(super) struct Shared {
+    pub(super) cancel: CancelToken,
+    pub(super) started: Instant,
+    observer: Box<dyn Observer>,
+    info: Mutex<Info>,
+    parameters: Mutex<Parameters>,
+    control: Mutex<Control>,
+    changed: Condvar,
+}
+
+struct Control {
+    ownership: Ownership,
+    /// The user has said `migrate-continue`.
+    go: bool,
+}
+
+/// A migration that is past cancelling, or not where the command expects it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SteerError {
+    /// The guest is being handed over, or was.
+    #[error("the guest is already handed over to the destination: it is too late to cancel")]
+    TooLate,
+    /// `migrate-continue` was given at another time.
+    #[error(
+        "the migration is in state '{0}', not in 'pre-switchover': there is nothing to continue"
+    )]
+    NotWaiting(Status),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // None of the critical sections can leave its data half changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(super) fn new(
+        cancel: CancelToken,
+        parameters: Parameters,
+        observer: Box<dyn Observer>,
+    ) -> Self {
+        Shared {
+            cancel,
+            started: Instant::now(),
+            observer,
+            info: Mutex::new(Info::default()),
+            parameters: Mutex::new(parameters),
+            control: Mutex::new(Control {
+                ownership: Ownership::Ours,
+                go: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(super) fn info(&self) -> Info {
+        let mut info = lock(&self.info).clone();
+        if !info.status.is_final() {
+            info.total_time = self.started.elapsed();
+        }
+        info
+    }
+
+    pub(super) fn update(&self, change: impl FnOnce(&mut Info)) {
+        change(&mut lock(&self.info));
+    }
+
+    /// Enters a state and tells the observer. While a cancellation is under way, only its end is shown.
+    pub(super) fn enter(&self, status: Status) {
+        {
+            let mut info = lock(&self.info);
+            if info.status == status || info.status == Status::Cancelling && !status.is_final() {
+                return;
+            }
+            info.status = status;
+            if status.is_final() {
+                info.total_time = self.started.elapsed();
+            }
+        }
+        tracing::info!(%status, "migration");
+        self.observer.status(status);
+    }
+
+    pub(super) fn pass(&self, number: u64) {
+        self.observer.pass(number);
+    }
+
+    pub(super) fn parameters(&self) -> Parameters {
+        *lock(&self.parameters)
+    }
+
+    pub(super) fn set_parameters(&self, parameters: Parameters) {
+        *lock(&self.parameters) = parameters;
+    }
+
+    /// The user cancels.
+    pub(super) fn cancel(&self) -> Result<(), SteerError> {
+        {
+            let mut control = lock(&self.control);
+            if control.ownership == Ownership::GivenAway {
+                return Err(SteerError::TooLate);
+            }
+            control.ownership = Ownership::Cancelled;
+        }
+        if !self.info().status.is_final() {
+            self.enter(Status::Cancelling);
+        }
+        self.cancel.cancel();
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// The point of no return: true if the guest may be given away, false if the user cancelled first.
+    pub(super) fn give_away(&self) -> bool {
+        let mut control = lock(&self.control);
+        if control.ownership == Ownership::Ours {
+            control.ownership = Ownership::GivenAway;
+        }
+        control.ownership == Ownership::GivenAway
+    }
+
+    /// The user lets a migration in pre-switchover go on.
+    pub(super) fn proceed(&self) -> Result<(), SteerError> {
+        let status = self.info().status;
+        if status != Status::PreSwitchover {
+            return Err(SteerError::NotWaiting(status));
+        }
+        lock(&self.control).go = true;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits for [`proceed`](Self::proceed); false if the user cancelled instead.
+    pub(super) fn wait_to_proceed(&self) -> bool {
+        let mut control = lock(&self.control);
+        while !control.go && control.ownership == Ownership::Ours {
+            control = self
+                .changed
+                .wait(control)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        control.ownership == Ownership::Ours
+    }
+}

@@ -1,0 +1,86 @@
+//! The switch-over: the last pages, the devices, and the guest itself change sides.
+
+use vmferry_dirty::DirtyTracker;
+use vmferry_wire::{Command, DescribedSection, ReturnPathMessage, vm_description};
+
+use super::driver::{Driver, Hold, MACHINE_TYPE};
+use super::precopy::Pace;
+use crate::error::MigrationError;
+use crate::run_state;
+
+impl Driver<'_> {
+    /// Sends what is left of the paused guest: pages, then devices.
+    pub(super) fn send_the_rest(
+        &mut self,
+        tracker: &DirtyTracker<'_>,
+    ) -> Result<(), MigrationError> {
+        self.writer.command(Command::SwitchoverStart);
+        // Saving may write to guest memory, so the last look at the dirty log comes after it (law 1).
+        let mut states = self.guest.save_devices()?;
+        if let Hold::Paused { was, .. } = self.hold {
+            states.push(run_state::encode(was));
+        }
+        self.sync(tracker)?;
+        self.pass(tracker, Pace::Unlimited)?;
+        self.writer.put(|e, out| {
+            e.ram_end(out);
+            e.end_of_ram_records(out);
+        });
+        for state in &states {
+            self.writer.device(state)?;
+        }
+        let sections: Vec<_> = states.iter().map(DescribedSection::from).collect();
+        let description = vm_description(MACHINE_TYPE, &sections);
+        if self.return_path.is_some() {
+            self.writer
+                .put(|e, out| e.vm_description(out, &description))?;
+        } else {
+            self.writer.put(|e, out| {
+                e.eof(out);
+                e.vm_description(out, &description)
+            })?;
+        }
+        self.flush_all()?;
+        self.publish(tracker);
+        Ok(())
+    }
+
+    /// Gives the guest away, once the destination has said that it has all of it.
+    ///
+    /// Whatever fails before [`give_away`](super::shared::Shared::give_away) leaves the guest ours. From
+    /// there on the destination may be running it, and only its answer tells: without one, the guest stays
+    /// paused here and its user decides. A one-way stream has nobody to ask, and is complete when written.
+    pub(super) fn hand_over(&mut self) -> Result<(), MigrationError> {
+        let timeout = self.shared.parameters().peer_timeout;
+        let Some(return_path) = &self.return_path else {
+            return match self.shared.give_away() {
+                true => Ok(()),
+                false => Err(MigrationError::Cancelled),
+            };
+        };
+        match return_path.wait(timeout, "not said that it has loaded the guest")? {
+            ReturnPathMessage::HandoverLoaded => {}
+            other => {
+                return Err(MigrationError::Refused(format!(
+                    "unexpected answer {other:?} instead of a guest that is loaded"
+                )));
+            }
+        }
+        if !self.shared.give_away() {
+            return Err(MigrationError::Cancelled);
+        }
+        self.writer.command(Command::HandoverRun);
+        self.writer.put(|e, out| e.eof(out));
+        let undecided = |why: String| MigrationError::Undecided {
+            peer: "destination",
+            why,
+        };
+        self.flush_all().map_err(|e| undecided(e.to_string()))?;
+        let return_path = self.return_path.as_ref().expect("checked above");
+        match return_path.wait(timeout, "not confirmed that the guest runs") {
+            Ok(ReturnPathMessage::Shut(0)) => Ok(()),
+            Ok(other) => Err(undecided(format!("unexpected answer {other:?}"))),
+            Err(e) => Err(undecided(e.to_string())),
+        }
+    }
+}
