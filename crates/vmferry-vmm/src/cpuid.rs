@@ -62,7 +62,11 @@ pub(crate) fn for_vcpu(
 }
 
 fn set_bit(register: &mut u32, bit: u32, on: bool) {
-    *register = if on { *register | bit } else { *register & !bit };
+    *register = if on {
+        *register | bit
+    } else {
+        *register & !bit
+    };
 }
 
 fn is_amd(table: &[kvm_cpuid_entry2]) -> bool {

@@ -36,9 +36,7 @@ pub(crate) struct Features {
 
 impl Hypervisor {
     /// Opens KVM and lets `check` look at it before anything is built.
-    pub fn new(
-        check: impl FnOnce(&Kvm) -> Result<(), MachineError>,
-    ) -> Result<Self, MachineError> {
+    pub fn new(check: impl FnOnce(&Kvm) -> Result<(), MachineError>) -> Result<Self, MachineError> {
         let kvm = Kvm::new().map_err(|source| MachineError::Os {
             action: "open /dev/kvm (is KVM there, and may this user use it?)".into(),
             source: source.into(),
@@ -62,7 +60,8 @@ impl Hypervisor {
 
         vm.set_identity_map_address(KVM_IDENTITY_MAP)
             .attempt("place the identity map")?;
-        vm.set_tss_address(KVM_TSS).attempt("place the task state")?;
+        vm.set_tss_address(KVM_TSS)
+            .attempt("place the task state")?;
         vm.create_irq_chip()
             .attempt("create the interrupt controllers")?;
         vm.create_pit2(kvm_pit_config {

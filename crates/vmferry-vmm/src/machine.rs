@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::Kvm;
-use vmferry_dirty::log::{KvmDirtyLog, WithVmmWrites};
 use vm_superio::SerialState;
+use vmferry_dirty::log::{KvmDirtyLog, WithVmmWrites};
 
 use crate::boot::{Images, Occasion};
 use crate::config::{MachineConfig, OnReset};

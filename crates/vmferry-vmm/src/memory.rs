@@ -75,7 +75,9 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(len: usize, backing: Backing) -> io::Result<Self> {
-        let room = len.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        let room = len
+            .checked_add(HUGE_PAGE)
+            .ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: a new reservation at an address of the kernel's choice touches no existing memory.
         let reserved = unsafe {
             libc::mmap(
@@ -211,10 +213,7 @@ impl GuestRam {
     }
 
     /// Shows the RAM to the guest of `vm`, and sets up the log of writes to it. The RAM must outlive `vm`.
-    pub fn attach(
-        &self,
-        vm: &Arc<VmFd>,
-    ) -> Result<WithVmmWrites<KvmDirtyLog>, MachineError> {
+    pub fn attach(&self, vm: &Arc<VmFd>) -> Result<WithVmmWrites<KvmDirtyLog>, MachineError> {
         for slot in &self.slots {
             let region = kvm_userspace_memory_region {
                 slot: slot.slot,

@@ -10,13 +10,13 @@ use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError, RamBlock};
 use crate::error::MachineError;
 use crate::machine::{Handover, Machine, wrong_state};
 use crate::run_state::RunState;
+use crate::state::Sections;
 use crate::state::clock::{self, ClockState};
 use crate::state::cpu::{self, CpuState};
 use crate::state::irqchip::{IRQCHIP, IrqchipState, PIT, PitState};
 use crate::state::machine::{self as description, Description};
 use crate::state::power::{self, PowerState};
 use crate::state::serial::{self, SavedSerial};
-use crate::state::Sections;
 use crate::vcpu::GuestRequest;
 
 impl Guest for Machine {

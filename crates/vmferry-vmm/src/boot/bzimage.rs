@@ -37,7 +37,9 @@ pub(super) fn load(
     )
     .map_err(|e| BootError::BadImage(format!("{e}; is the guest's memory large enough?")))?;
     let Some(header) = loaded.setup_header else {
-        return Err(BootError::BadImage("the bzImage has no setup header".into()));
+        return Err(BootError::BadImage(
+            "the bzImage has no setup header".into(),
+        ));
     };
 
     let max = header.cmdline_size as usize;

@@ -51,7 +51,9 @@ pub enum BootError {
         what: &'static str,
     },
     /// The command line does not fit, or holds a NUL.
-    #[error("the kernel command line has {len} bytes or a NUL in it: at most {max} bytes are possible")]
+    #[error(
+        "the kernel command line has {len} bytes or a NUL in it: at most {max} bytes are possible"
+    )]
     Cmdline {
         /// Its length.
         len: usize,
@@ -173,12 +175,7 @@ fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, BootError> {
     })
 }
 
-fn write(
-    memory: &GuestMemory,
-    what: &'static str,
-    at: u64,
-    bytes: &[u8],
-) -> Result<(), BootError> {
+fn write(memory: &GuestMemory, what: &'static str, at: u64, bytes: &[u8]) -> Result<(), BootError> {
     memory
         .write_slice(bytes, GuestAddress(at))
         .map_err(|_| BootError::NoRoom { what })

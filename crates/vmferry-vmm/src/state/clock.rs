@@ -56,13 +56,8 @@ impl ClockState {
         Ok(ClockState {
             kvmclock,
             tsc,
-            ahead: offsets
-                .iter()
-                .map(|o| o.wrapping_sub(offsets[0]))
-                .collect(),
-            tsc_khz: first
-                .get_tsc_khz()
-                .attempt("read a vCPU's TSC frequency")?,
+            ahead: offsets.iter().map(|o| o.wrapping_sub(offsets[0])).collect(),
+            tsc_khz: first.get_tsc_khz().attempt("read a vCPU's TSC frequency")?,
         })
     }
 

@@ -192,9 +192,7 @@ fn get_sregs(
     fd: &VcpuFd,
     features: Features,
 ) -> Result<(kvm_sregs, Option<[u64; 4]>), MachineError> {
-    let sregs = fd
-        .get_sregs()
-        .attempt("save a vCPU's special registers")?;
+    let sregs = fd.get_sregs().attempt("save a vCPU's special registers")?;
     // An interrupt that was being delivered is in the pending events, too.
     let sregs = kvm_sregs {
         interrupt_bitmap: [0; 4],

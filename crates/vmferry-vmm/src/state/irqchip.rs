@@ -63,7 +63,9 @@ pub(crate) struct PitState(kvm_pit_state2);
 
 impl PitState {
     pub fn save(vm: &VmFd) -> Result<Self, MachineError> {
-        vm.get_pit2().attempt("save the interval timer").map(PitState)
+        vm.get_pit2()
+            .attempt("save the interval timer")
+            .map(PitState)
     }
 
     pub fn load(&self, vm: &VmFd) -> Result<(), MachineError> {

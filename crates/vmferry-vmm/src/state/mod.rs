@@ -49,8 +49,8 @@ impl SectionKind {
             );
             return Err(self.error(instance, "load", why));
         }
-        let (value, rest) =
-            postcard::take_from_bytes(&section.data).map_err(|e| self.error(instance, "load", e))?;
+        let (value, rest) = postcard::take_from_bytes(&section.data)
+            .map_err(|e| self.error(instance, "load", e))?;
         if !rest.is_empty() {
             let why = format!("{} bytes follow its end", rest.len());
             return Err(self.error(instance, "load", why));

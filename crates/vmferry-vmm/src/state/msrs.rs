@@ -74,7 +74,10 @@ pub(crate) fn write(fd: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<(), MachineEr
         |msrs| fd.set_msrs(msrs).attempt("write a vCPU's MSRs"),
         |msr| {
             if msr.data == 0 {
-                tracing::debug!(index = msr.index, "MSR not restored: it is zero and refused");
+                tracing::debug!(
+                    index = msr.index,
+                    "MSR not restored: it is zero and refused"
+                );
                 return Ok(());
             }
             Err(MachineError::Misfit(format!(

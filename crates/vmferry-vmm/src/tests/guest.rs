@@ -59,7 +59,7 @@ global_asm!(
     // The local APIC: on, timer in TSC-deadline mode.
     "  movl $0x1ff, 0xfee000f0",
     "  movl $0x40040, 0xfee00320",
-    "  call 0x100000 + arm - vmferry_guest_start",
+    "  call arm",
     // Application processors start at 0x10000.
     "  mov $(0x100000 + ap - vmferry_guest_start), %esi",
     "  mov $0x10000, %edi",
@@ -72,7 +72,6 @@ global_asm!(
     "  mov $100, %ecx",
     "2: loop 2b",
     "  movl $0xc4610, 0xfee00300",
-    "  sti",
     "  xor %ebx, %ebx",
     "3: mov $50, %ebp",
     "4: rdtsc",
@@ -93,7 +92,10 @@ global_asm!(
     "  je 9f",
     "1: dec %ebp",
     "  jnz 4b",
-    // The next digit.
+    // The next digit, after the next tick.
+    "  sti",
+    "  hlt",
+    "  cli",
     "  mov $0x3f8, %dx",
     "  lea 0x30(%ebx), %eax",
     "  out %al, %dx",
@@ -110,7 +112,7 @@ global_asm!(
     "  out %al, %dx",
     "  jmp 7b",
     "8: lidt 0x100000 + no_idt - vmferry_guest_start",
-    "  int3",
+    "  ud2",
     // Unknown ports and addresses read as all ones.
     "9: movb $0, 0xb030",
     "  mov $0x1234, %dx",
@@ -124,13 +126,15 @@ global_asm!(
     "tick:",
     "  pusha",
     "  incl 0xb020",
-    "  call 0x100000 + arm - vmferry_guest_start",
+    "  call arm",
     "  movl $0, 0xfee000b0",
     "  popa",
-    "  iret",
+    // Back without IRET, which KVM cannot emulate in protected mode: the interrupted code is in the same
+    // segment, and its flags mean nothing where interrupts are on.
+    "  ret $8",
     "arm:",
     "  rdtsc",
-    "  add $10000000, %eax", // a few milliseconds
+    "  add $2000000, %eax", // about a millisecond
     "  adc $0, %edx",
     "  mov $0x6e0, %ecx",
     "  wrmsr",

@@ -128,7 +128,10 @@ fn a_reset_can_be_the_end() {
     expect(&events, &MachineEvent::Shutdown { guest: true });
     assert_eq!(machine.run_state(), RunState::Shutdown);
     let error = machine.resume().unwrap_err().to_string();
-    assert!(error.contains("'shutdown'") && error.contains("reset it first"), "{error}");
+    assert!(
+        error.contains("'shutdown'") && error.contains("reset it first"),
+        "{error}"
+    );
     machine.reset().unwrap();
     machine.resume().unwrap();
     wait_for_progress(&machine);
@@ -185,7 +188,11 @@ fn a_client_of_the_serial_socket_never_holds_the_guest_up() {
         client.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut digits = [0; 30];
         client.read_exact(&mut digits).unwrap();
-        assert!(digits.windows(2).all(|w| (w[0] - b'0' + 1) % 10 == w[1] - b'0'));
+        assert!(
+            digits
+                .windows(2)
+                .all(|w| (w[0] - b'0' + 1) % 10 == w[1] - b'0')
+        );
     }
     wait_for_progress(&machine);
     drop(machine);

@@ -83,7 +83,9 @@ fn expect(events: &Receiver<MachineEvent>, wanted: &MachineEvent) {
 #[track_caller]
 fn wait_for_progress(machine: &Machine) {
     let (ticks, tsc) = (u32_at(machine, guest::TICKS), u64_at(machine, guest::TSC));
-    wait_for("timer ticks", || u32_at(machine, guest::TICKS) > ticks.wrapping_add(1));
+    wait_for("timer ticks", || {
+        u32_at(machine, guest::TICKS) > ticks.wrapping_add(1)
+    });
     wait_for("the boot processor", || u64_at(machine, guest::TSC) > tsc);
     if machine.config().cpus > 1 {
         let counter = u32_at(machine, guest::AP_COUNTER);

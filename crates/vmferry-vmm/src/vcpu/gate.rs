@@ -85,7 +85,10 @@ impl Gate {
                 self.changed.notify_all();
             }
             while !state.is_open() && state.wanted != Wanted::Quit {
-                state = self.opened.wait(state).expect("no holder of the gate panics");
+                state = self
+                    .opened
+                    .wait(state)
+                    .expect("no holder of the gate panics");
             }
             state.held -= 1;
         }
@@ -115,7 +118,10 @@ impl Gate {
     pub fn wait_until_held(&self) {
         let mut state = self.lock();
         while state.held < self.vcpus {
-            state = self.changed.wait(state).expect("no holder of the gate panics");
+            state = self
+                .changed
+                .wait(state)
+                .expect("no holder of the gate panics");
         }
     }
 
@@ -138,7 +144,10 @@ impl Gate {
                 Wanted::Run if state.pending.is_some() => return true,
                 _ => {}
             }
-            state = self.changed.wait(state).expect("no holder of the gate panics");
+            state = self
+                .changed
+                .wait(state)
+                .expect("no holder of the gate panics");
         }
     }
 }

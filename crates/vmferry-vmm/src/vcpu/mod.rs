@@ -50,11 +50,7 @@ impl ImmediateExit {
 
 impl Vcpu {
     /// Creates vCPU `index` of `vm` with the given CPUID.
-    pub fn new(
-        vm: &VmFd,
-        index: u32,
-        cpuid: Vec<kvm_cpuid_entry2>,
-    ) -> Result<Self, MachineError> {
+    pub fn new(vm: &VmFd, index: u32, cpuid: Vec<kvm_cpuid_entry2>) -> Result<Self, MachineError> {
         let mut fd = vm.create_vcpu(index.into()).attempt("create a vCPU")?;
         let immediate_exit = ImmediateExit(&raw mut fd.get_kvm_run().immediate_exit);
         let mut inner = Inner {
@@ -72,9 +68,7 @@ impl Vcpu {
 
     /// The vCPU's handle. Waits while the vCPU runs: hold it at the gate first.
     pub fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner
-            .lock()
-            .expect("a vCPU thread does not panic")
+        self.inner.lock().expect("a vCPU thread does not panic")
     }
 
     /// The kernel's number of the vCPU's thread.

@@ -4,8 +4,8 @@ use std::sync::atomic::Ordering;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::gate::{Gate, GuestRequest, Pass};
 use super::Vcpu;
+use super::gate::{Gate, GuestRequest, Pass};
 use crate::devices::Bus;
 
 pub(super) fn run(vcpu: &Vcpu, gate: &Gate, bus: &Bus) {
