@@ -1,0 +1,48 @@
+//! The line that each vCPU prints once a second; the guest writes it and the host reads it.
+
+use core::fmt;
+
+/// One heartbeat of one vCPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Heartbeat {
+    /// The vCPU, from 0.
+    pub vcpu: u32,
+    /// Seconds since the guest was ready, by its time-stamp counter.
+    pub t: u64,
+    /// Pages rewritten, in total.
+    pub written: u64,
+    /// Pages verified, in total: before each rewrite, and by sweeps.
+    pub verified: u64,
+    /// Pages (and pages of the guest's own bookkeeping) found wrong, in total.
+    pub corrupt: u64,
+    /// The longest time between two turns of the main loop since the last heartbeat, in microseconds.
+    pub gap_us: u64,
+    /// The longest such time since the guest was ready, in microseconds.
+    pub maxgap_us: u64,
+    /// How often all pages of this vCPU have been verified, one after the other.
+    pub sweeps: u64,
+    /// Pages rewritten since the last heartbeat.
+    pub rate: u64,
+}
+
+impl fmt::Display for Heartbeat {
+    /// The line without the program's name in front.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self {
+            vcpu,
+            t,
+            written,
+            verified,
+            corrupt,
+            gap_us,
+            maxgap_us,
+            sweeps,
+            rate,
+        } = self;
+        write!(
+            f,
+            "vcpu={vcpu} t={t} written={written} verified={verified} corrupt={corrupt} gap_us={gap_us} \
+             maxgap_us={maxgap_us} sweeps={sweeps} rate={rate}"
+        )
+    }
+}
