@@ -8,7 +8,7 @@ use vmferry_engine::seam::{Activity, DeviceState, Guest};
 use super::*;
 use crate::RunState;
 
-fn incoming(cpus: u32, serial: &Path) -> MachineConfig {
+pub(super) fn incoming(cpus: u32, serial: &Path) -> MachineConfig {
     MachineConfig {
         incoming: true,
         ..config(cpus, serial)
@@ -43,7 +43,7 @@ fn kvmclock(machine: &Machine, tsc: u64) -> u64 {
     system_time.wrapping_add(((u128::from(ticks) * u128::from(mul)) >> 32) as u64)
 }
 
-struct Timings {
+pub(super) struct Timings {
     pause: Duration,
     save: Duration,
     load: Duration,
@@ -51,7 +51,7 @@ struct Timings {
 }
 
 /// Moves the running guest; `source` is left as after a migration.
-fn migrate(source: &Machine, destination: &Machine) -> Timings {
+pub(super) fn migrate(source: &Machine, destination: &Machine) -> Timings {
     destination
         .check_description(&source.describe().unwrap())
         .unwrap();

@@ -13,6 +13,7 @@ use crate::{Backing, Machine, MachineConfig, MachineEvent, OnReset, SerialConfig
 mod guest;
 mod life;
 mod migration;
+mod payload;
 
 /// Longest time that anything in a test may take.
 const PATIENCE: Duration = Duration::from_secs(20);
