@@ -7,7 +7,8 @@
 //! - [`units`] reads and writes sizes, bandwidths and durations the way people write them.
 //!
 //! Where it differs from QEMU, on purpose: there is no out-of-band execution; keys and strings take double quotes
-//! only; of two members with one name the last counts; a negative number is never taken for a huge one; and a request
+//! only; an address that is no [`Uri`](vmferry_engine::Uri) is refused in that type's words, and ports and descriptors
+//! are numbers; of two members with one name the last counts; a negative number is never taken for a huge one; and a request
 //! is limited to 1 MiB and 100 levels, beyond which the connection is closed after an error.
 //!
 //! After malformed JSON the server answers `JSON parse error, ...` and reads on behind it: behind the closing bracket,

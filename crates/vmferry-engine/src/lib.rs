@@ -24,3 +24,4 @@ pub use ram::{RamBlock, RamBlockError};
 pub use source::{Source, SteerError};
 pub use status::Status;
 pub use transport::{Uri, UriError};
+pub use vmferry_dirty::Discipline;

@@ -1,152 +1,42 @@
-//! Where a migration goes to or comes from: QEMU's two ways to say it, read into one type.
+//! Where a migration goes to or comes from: QEMU's ways to say it, and the engine's [`Uri`] for all of them.
 
-use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use serde::de::Error as _;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
+use vmferry_engine::Uri;
 
-/// Where a migration stream goes to or comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MigrationAddress {
-    /// `tcp:host:port`. The host has no brackets around an IPv6 address; the port may be a service's name.
-    Tcp {
-        /// Name or address; empty to listen on all.
+/// A socket that a destination listens at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum SocketAddress {
+    /// TCP.
+    Inet {
+        /// Name or address; IPv6 addresses without brackets.
         host: String,
-        /// Number or service name.
+        /// The port's number, which QEMU gives as text.
         port: String,
     },
-    /// `unix:path`.
+    /// A unix socket.
     Unix {
-        /// Path of the socket.
+        /// Its path.
         path: PathBuf,
-    },
-    /// `exec:command`.
-    Exec {
-        /// Program and its arguments; a URI's command becomes one for `/bin/sh -c`.
-        args: Vec<String>,
-    },
-    /// `file:path` or `file:path,offset=N`.
-    File {
-        /// Path of the file.
-        path: PathBuf,
-        /// Byte in the file at which the stream starts.
-        offset: u64,
-    },
-    /// `fd:name`, a descriptor that was passed before.
-    Fd {
-        /// Name or number of the descriptor.
-        name: String,
     },
 }
 
-impl fmt::Display for MigrationAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            MigrationAddress::Tcp { host, port } if host.contains(':') => {
-                write!(f, "tcp:[{host}]:{port}")
-            }
-            MigrationAddress::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
-            MigrationAddress::Unix { path } => write!(f, "unix:{}", path.display()),
-            MigrationAddress::Exec { args } => match args.as_slice() {
-                [shell, dash_c, command] if shell == "/bin/sh" && dash_c == "-c" => {
-                    write!(f, "exec:{command}")
-                }
-                args => write!(f, "exec:{}", args.join(" ")),
+impl SocketAddress {
+    /// What `query-migrate` shows of a destination that listens at `uri`; nothing if that is no socket to connect to.
+    pub fn list(uri: &Uri) -> Option<Vec<SocketAddress>> {
+        let address = match uri {
+            Uri::Tcp { host, port } => SocketAddress::Inet {
+                host: host.clone(),
+                port: port.to_string(),
             },
-            MigrationAddress::File { path, offset: 0 } => write!(f, "file:{}", path.display()),
-            MigrationAddress::File { path, offset } => {
-                write!(f, "file:{},offset={offset}", path.display())
-            }
-            MigrationAddress::Fd { name } => write!(f, "fd:{name}"),
-        }
+            Uri::Unix(path) => SocketAddress::Unix { path: path.clone() },
+            Uri::Fd(_) | Uri::Exec(_) | Uri::File(_) => return None,
+        };
+        Some(vec![address])
     }
-}
-
-/// A migration URI that cannot be read.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidUri {
-    /// None of the known schemes.
-    #[error("unknown migration protocol: {0}")]
-    UnknownProtocol(String),
-    /// Not `host:port`.
-    #[error("error parsing address '{0}'")]
-    Tcp(String),
-    /// No path.
-    #[error("invalid Unix socket address")]
-    Unix,
-    /// No path.
-    #[error("file URI lacks a path")]
-    File,
-    /// An offset that is no number of bytes.
-    #[error("file URI has bad offset {0}: use a number of bytes, in decimal or as 0x...")]
-    Offset(String),
-    /// No name.
-    #[error("invalid file descriptor address")]
-    Fd,
-    /// No command.
-    #[error("exec URI lacks a command")]
-    Exec,
-}
-
-impl FromStr for MigrationAddress {
-    type Err = InvalidUri;
-
-    fn from_str(uri: &str) -> Result<Self, InvalidUri> {
-        let unknown = || InvalidUri::UnknownProtocol(uri.to_owned());
-        let (scheme, rest) = uri.split_once(':').ok_or_else(unknown)?;
-        match scheme {
-            "tcp" => parse_tcp(rest),
-            "unix" if rest.is_empty() => Err(InvalidUri::Unix),
-            "unix" => Ok(MigrationAddress::Unix { path: rest.into() }),
-            "exec" if rest.is_empty() => Err(InvalidUri::Exec),
-            "exec" => Ok(MigrationAddress::Exec {
-                args: vec!["/bin/sh".into(), "-c".into(), rest.into()],
-            }),
-            "file" => parse_file(rest),
-            "fd" if rest.is_empty() => Err(InvalidUri::Fd),
-            "fd" => Ok(MigrationAddress::Fd { name: rest.into() }),
-            _ => Err(unknown()),
-        }
-    }
-}
-
-fn parse_tcp(text: &str) -> Result<MigrationAddress, InvalidUri> {
-    let split = match text.strip_prefix('[') {
-        Some(bracketed) => bracketed.split_once("]:"),
-        None => text.split_once(':').filter(|(_, port)| !port.contains(':')),
-    };
-    match split {
-        Some((host, port)) if !port.is_empty() => Ok(MigrationAddress::Tcp {
-            host: host.into(),
-            port: port.into(),
-        }),
-        _ => Err(InvalidUri::Tcp(text.to_owned())),
-    }
-}
-
-fn parse_file(text: &str) -> Result<MigrationAddress, InvalidUri> {
-    let (path, offset) = match text.rsplit_once(",offset=") {
-        Some((path, offset)) => {
-            let number = match offset.strip_prefix("0x") {
-                Some(digits) => u64::from_str_radix(digits, 16),
-                None => offset.parse(),
-            };
-            (
-                path,
-                number.map_err(|_| InvalidUri::Offset(offset.to_owned()))?,
-            )
-        }
-        None => (text, 0),
-    };
-    if path.is_empty() {
-        return Err(InvalidUri::File);
-    }
-    Ok(MigrationAddress::File {
-        path: path.into(),
-        offset,
-    })
 }
 
 /// Arguments of `migrate`.
@@ -156,14 +46,14 @@ fn parse_file(text: &str) -> Result<MigrationAddress, InvalidUri> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Migrate {
     /// Where to.
-    pub address: MigrationAddress,
+    pub uri: Uri,
 }
 
 /// Arguments of `migrate-incoming`, read as for [`Migrate`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MigrateIncoming {
     /// Where from.
-    pub address: MigrationAddress,
+    pub uri: Uri,
     /// Whether the process ends if the migration fails; QEMU's default is yes.
     pub exit_on_error: bool,
 }
@@ -181,13 +71,13 @@ struct MigrateMembers {
 impl<'de> Deserialize<'de> for Migrate {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let members = MigrateMembers::deserialize(deserializer)?;
-        let address = one_address(members.uri, members.channels)?;
+        let uri = one_uri(members.uri, members.channels)?;
         if members.resume == Some(true) {
             return Err(D::Error::custom(
                 "Cannot resume if there is no paused migration",
             ));
         }
-        Ok(Migrate { address })
+        Ok(Migrate { uri })
     }
 }
 
@@ -203,20 +93,20 @@ impl<'de> Deserialize<'de> for MigrateIncoming {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let members = MigrateIncomingMembers::deserialize(deserializer)?;
         Ok(MigrateIncoming {
-            address: one_address(members.uri, members.channels)?,
+            uri: one_uri(members.uri, members.channels)?,
             exit_on_error: members.exit_on_error.unwrap_or(true),
         })
     }
 }
 
-fn one_address<E: serde::de::Error>(
+fn one_uri<E: serde::de::Error>(
     uri: Option<String>,
     channels: Option<Vec<Channel>>,
-) -> Result<MigrationAddress, E> {
+) -> Result<Uri, E> {
     // An empty list counts as absent, as in QEMU.
     let mut channels = channels.unwrap_or_default();
     match (uri, channels.pop()) {
-        (Some(uri), None) => uri.parse().map_err(E::custom),
+        (Some(uri), None) => read_uri(&uri),
         (None, Some(_)) if !channels.is_empty() => {
             Err(E::custom("Channel list has more than one main entry"))
         }
@@ -232,7 +122,7 @@ struct Channel {
     #[serde(rename = "channel-type")]
     _channel_type: ChannelType,
     #[serde(deserialize_with = "channel_address")]
-    addr: MigrationAddress,
+    addr: Uri,
 }
 
 #[derive(Deserialize)]
@@ -291,95 +181,139 @@ impl AddressMembers {
     }
 }
 
-fn channel_address<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<MigrationAddress, D::Error> {
+fn channel_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uri, D::Error> {
     let mut members = AddressMembers::deserialize(deserializer)?;
     let missing = D::Error::missing_field;
     let transport = members
         .transport
         .take()
         .ok_or_else(|| missing("transport"))?;
-    let address = match transport {
+    let uri = match transport {
         Transport::Socket => match members.r#type.take().ok_or_else(|| missing("type"))? {
-            SocketType::Inet => MigrationAddress::Tcp {
-                host: members.host.take().ok_or_else(|| missing("host"))?,
-                port: members.port.take().ok_or_else(|| missing("port"))?,
-            },
-            SocketType::Unix => MigrationAddress::Unix {
-                path: members.path.take().ok_or_else(|| missing("path"))?.into(),
-            },
-            SocketType::Fd => MigrationAddress::Fd {
-                name: members.str.take().ok_or_else(|| missing("str"))?,
-            },
+            SocketType::Inet => {
+                let host = members.host.take().ok_or_else(|| missing("host"))?;
+                let port = members.port.take().ok_or_else(|| missing("port"))?;
+                tcp(host, &port)
+            }
+            SocketType::Unix => {
+                let path = members.path.take().ok_or_else(|| missing("path"))?;
+                read_uri(&format!("unix:{path}"))
+            }
+            SocketType::Fd => {
+                let number = members.str.take().ok_or_else(|| missing("str"))?;
+                read_uri(&format!("fd:{number}"))
+            }
         },
-        Transport::Exec => MigrationAddress::Exec {
-            args: members.args.take().ok_or_else(|| missing("args"))?,
-        },
-        Transport::File => MigrationAddress::File {
-            path: members
-                .filename
-                .take()
-                .ok_or_else(|| missing("filename"))?
-                .into(),
-            offset: members.offset.take().ok_or_else(|| missing("offset"))?,
-        },
+        Transport::Exec => {
+            let args = members.args.take().ok_or_else(|| missing("args"))?;
+            read_uri(&format!("exec:{}", shell_command(&args)))
+        }
+        Transport::File => {
+            let name = members.filename.take().ok_or_else(|| missing("filename"))?;
+            let offset = members.offset.take().ok_or_else(|| missing("offset"))?;
+            read_uri(&format!("file:{name},offset={offset}"))
+        }
     };
     match members.left_over() {
         Some(name) => Err(D::Error::unknown_field(name, &[])),
-        None => Ok(address),
+        // Only now, as QEMU too looks at values once every member is in its place.
+        None => uri,
+    }
+}
+
+fn read_uri<E: serde::de::Error>(text: &str) -> Result<Uri, E> {
+    text.parse().map_err(E::custom)
+}
+
+/// Not read as a URI, as a name with colons or brackets in it would not stay what it is.
+fn tcp<E: serde::de::Error>(host: String, port: &str) -> Result<Uri, E> {
+    match port.parse() {
+        Ok(port) => Ok(Uri::Tcp { host, port }),
+        Err(_) => Err(E::custom(format!(
+            "'{port}' is not a port: use a number from 0 to 65535"
+        ))),
+    }
+}
+
+/// What `sh -c` takes to run this program with these arguments: the command itself, if they are just that.
+fn shell_command(args: &[String]) -> String {
+    match args {
+        [] => String::new(),
+        [shell, dash_c, command] if shell == "/bin/sh" && dash_c == "-c" => command.clone(),
+        args => args.iter().fold("exec".to_owned(), |command, arg| {
+            format!("{command} '{}'", arg.replace('\'', r"'\''"))
+        }),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
-    #[test]
-    fn uris_are_read_and_written() {
-        for uri in [
-            "tcp:host:4444",
-            "tcp::4444",
-            "tcp:[::1]:4444",
-            "unix:/tmp/a:b",
-            "exec:cat > a:b",
-            "file:/tmp/a",
-            "file:/tmp/a,offset=4096",
-            "fd:7",
-        ] {
-            let address: MigrationAddress = uri.parse().expect(uri);
-            assert_eq!(address.to_string(), uri);
-        }
-        assert_eq!(
-            "file:a,offset=0x1000".parse(),
-            Ok(MigrationAddress::File {
-                path: "a".into(),
-                offset: 4096
-            })
-        );
+    fn from_channel(addr: Value) -> Result<Uri, String> {
+        let arguments = json!({"channels": [{"channel-type": "main", "addr": addr}]});
+        serde_json::from_value(arguments)
+            .map(|Migrate { uri }| uri)
+            .map_err(|error| error.to_string())
     }
 
     #[test]
-    fn bad_uris_are_named() {
-        for (uri, complaint) in [
-            ("", "unknown migration protocol: "),
-            ("bogus:x", "unknown migration protocol: bogus:x"),
-            ("tcp:nohost", "error parsing address 'nohost'"),
-            ("tcp:", "error parsing address ''"),
-            ("tcp:::1:2", "error parsing address '::1:2'"),
-            ("unix:", "invalid Unix socket address"),
-            ("fd:", "invalid file descriptor address"),
-            ("exec:", "exec URI lacks a command"),
-            ("file:,offset=1", "file URI lacks a path"),
+    fn any_program_becomes_a_shells_command() {
+        for (args, command) in [
+            (json!(["/bin/sh", "-c", "cat > x"]), "cat > x"),
+            (json!(["/bin/cat"]), "exec '/bin/cat'"),
+            (
+                json!(["/bin/echo", "it's", "$HOME", ""]),
+                r"exec '/bin/echo' 'it'\''s' '$HOME' ''",
+            ),
         ] {
-            let error = uri.parse::<MigrationAddress>().unwrap_err();
-            assert_eq!(error.to_string(), complaint, "for {uri}");
+            let uri = from_channel(json!({"transport": "exec", "args": args}));
+            assert_eq!(uri, Ok(Uri::Exec(command.into())));
         }
-        let error = "file:a,offset=zz".parse::<MigrationAddress>().unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .starts_with("file URI has bad offset zz: ")
-        );
+    }
+
+    #[test]
+    fn what_no_uri_can_say_is_refused() {
+        let inet =
+            |port| json!({"transport": "socket", "type": "inet", "host": "::1", "port": port});
+        let fd = |number| json!({"transport": "socket", "type": "fd", "str": number});
+        let file = |offset| json!({"transport": "file", "filename": "/a,b", "offset": offset});
+        assert_eq!(from_channel(inet("1")).unwrap().to_string(), "tcp:[::1]:1");
+        assert_eq!(from_channel(fd("7")), Ok(Uri::Fd(7)));
+        assert_eq!(from_channel(file(0)), Ok(Uri::File("/a,b".into())));
+        for (addr, complaint) in [
+            (inet("http"), "'http' is not a port"),
+            (inet("65536"), "'65536' is not a port"),
+            (fd("name"), "'fd:name' is not of the form fd:N"),
+            (file(1), "'file:/a,b,offset=1' gives an offset"),
+            (
+                json!({"transport": "exec", "args": []}),
+                "'exec:' lacks what comes after the colon",
+            ),
+            (
+                json!({"transport": "socket", "type": "unix", "path": ""}),
+                "'unix:' lacks what comes after the colon",
+            ),
+        ] {
+            let error = from_channel(addr).unwrap_err();
+            assert!(error.starts_with(complaint), "{error}");
+        }
+    }
+
+    #[test]
+    fn sockets_are_listed_as_qemu_does() {
+        for (uri, expected) in [
+            (
+                "tcp:[::1]:4444",
+                json!([{"type": "inet", "host": "::1", "port": "4444"}]),
+            ),
+            ("unix:/a", json!([{"type": "unix", "path": "/a"}])),
+            ("fd:7", Value::Null),
+        ] {
+            let addresses = SocketAddress::list(&uri.parse().unwrap());
+            assert_eq!(serde_json::to_value(addresses).unwrap(), expected);
+        }
     }
 }

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Discipline;
+use vmferry_engine::Discipline;
+
+use super::{SocketAddress, as_text};
 
 /// QEMU's migration states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,18 +78,18 @@ pub struct MigrationInfo {
     /// Why this VM cannot be migrated, if so.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocked_reasons: Option<Vec<String>>,
+    /// Where a destination listens, from [`SocketAddress::list`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_address: Option<Vec<SocketAddress>>,
     /// Microseconds that the guest stood still: `downtime`, more finely.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub x_vmferry_downtime_us: Option<u64>,
     /// The discipline that the dirty bitmap is cleared by.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(with = "as_text::option", skip_serializing_if = "Option::is_none")]
     pub x_vmferry_discipline: Option<Discipline>,
     /// Bandwidth measured over the last pass, in bytes per second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub x_vmferry_bandwidth: Option<u64>,
-    /// What keeping the dirty bitmap cost.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub x_vmferry_bitmap: Option<BitmapAccounting>,
 }
 
 /// RAM accounting of a migration.
@@ -128,20 +130,4 @@ pub struct MigrationRamStats {
     pub postcopy_bytes: u64,
     /// Times that zero-copy sending fell back to copying.
     pub dirty_sync_missed_zero_copy: u64,
-}
-
-/// What keeping the dirty bitmap cost in this migration, so that disciplines can be compared on real guests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", default)]
-pub struct BitmapAccounting {
-    /// Pages whose bit is set now.
-    pub dirty_pages: u64,
-    /// Bits cleared by the migration thread.
-    pub cleared: u64,
-    /// Bits cleared by free-page hints.
-    pub hinted: u64,
-    /// Times that a lock was taken.
-    pub locks: u64,
-    /// Longest wait of a free-page hint, in microseconds.
-    pub hint_wait_max_us: u64,
 }

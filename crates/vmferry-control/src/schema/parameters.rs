@@ -2,24 +2,15 @@
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
+use vmferry_engine::Discipline;
+
+use super::as_text;
 
 /// The largest `downtime-limit`, in milliseconds: QEMU's.
 pub const MAX_DOWNTIME_LIMIT_MS: u64 = 2_000_000;
 
 /// The largest `x-vmferry-peer-timeout`, in milliseconds: one day.
 pub const MAX_PEER_TIMEOUT_MS: u64 = 86_400_000;
-
-/// How the threads that clear dirty bits keep out of each other's way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Discipline {
-    /// Atomic operations on the bitmap's words.
-    LockFree,
-    /// A lock taken once per slice of work.
-    SliceLock,
-    /// A lock taken for every bit: the baseline, for measurement.
-    PerBitLock,
-}
 
 /// Answer to `query-migrate-parameters`: all that can be set, with the values in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +21,7 @@ pub struct MigrationParameters {
     /// Bytes per second that the migration may send while the guest runs; 0 for no limit.
     pub max_bandwidth: u64,
     /// The discipline that the next migration clears its dirty bitmap by.
+    #[serde(with = "as_text")]
     pub x_vmferry_discipline: Discipline,
     /// Milliseconds of silence after which the peer counts as lost, 1 to [`MAX_PEER_TIMEOUT_MS`].
     pub x_vmferry_peer_timeout: u64,
@@ -66,7 +58,7 @@ pub struct MigrateSetParameters {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bandwidth: Option<u64>,
     /// A discipline.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(with = "as_text::option", skip_serializing_if = "Option::is_none")]
     pub x_vmferry_discipline: Option<Discipline>,
     /// Milliseconds.
     #[serde(

@@ -1,7 +1,7 @@
 //! One client: what it may send, and what it gets.
 
 use serde_json::{Value, json};
-use vmferry_control::schema::MigrationAddress;
+use vmferry_engine::Uri;
 
 use crate::fake::Rig;
 
@@ -103,7 +103,11 @@ fn parameters_are_set_and_read() {
     for (arguments, complaint) in [
         (
             json!({"x-vmferry-discipline": "none"}),
-            "Parameter 'x-vmferry-discipline' does not accept value 'none'",
+            "unknown discipline 'none': use lock-free, slice-lock or per-bit-lock",
+        ),
+        (
+            json!({"x-vmferry-discipline": 5}),
+            "Invalid parameter type for 'x-vmferry-discipline', expected: string",
         ),
         (
             json!({"x-vmferry-peer-timeout": 0}),
@@ -138,8 +142,8 @@ fn both_ways_to_name_a_destination_are_one() {
             main(json!({"transport": "socket", "type": "fd", "str": "7"})),
         ),
         (
-            json!({"uri": "file:/a,offset=4096"}),
-            main(json!({"transport": "file", "filename": "/a", "offset": 4096})),
+            json!({"uri": "file:/a,offset=0"}),
+            main(json!({"transport": "file", "filename": "/a", "offset": 0})),
         ),
         (
             json!({"uri": "exec:cat"}),
@@ -163,11 +167,27 @@ fn both_ways_to_name_a_destination_are_one() {
     assert_eq!(destinations.len(), 2 * pairs.len());
     assert_eq!(
         destinations[0],
-        MigrationAddress::Tcp {
+        Uri::Tcp {
             host: "::1".into(),
-            port: "4444".into()
+            port: 4444
         }
     );
+}
+
+#[test]
+fn an_address_that_is_none_is_explained() {
+    let rig = Rig::new();
+    let mut wire = rig.negotiated();
+    for command in ["migrate", "migrate-incoming"] {
+        for uri in ["bogus:x", "tcp:nohost", "unix:", "file:/a,offset=4096"] {
+            let request = json!({"execute": command, "arguments": {"uri": uri}});
+            assert_eq!(
+                wire.ask(request.to_string())["error"]["desc"],
+                uri.parse::<Uri>().unwrap_err().to_string()
+            );
+        }
+    }
+    assert!(rig.machine.destinations().is_empty());
 }
 
 #[test]

@@ -11,6 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vmferry_control::schema::*;
 use vmferry_control::{EventBus, Handler, QmpError, QmpServer};
+use vmferry_engine::{Discipline, Uri};
 
 /// Far longer than anything here takes.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -27,7 +28,7 @@ struct State {
     status: RunState,
     parameters: MigrationParameters,
     migration: MigrationInfo,
-    destinations: Vec<MigrationAddress>,
+    destinations: Vec<Uri>,
 }
 
 impl FakeMachine {
@@ -36,7 +37,7 @@ impl FakeMachine {
         self.events.emit(Event::Migration(MigrationData { status }));
     }
 
-    pub fn destinations(&self) -> Vec<MigrationAddress> {
+    pub fn destinations(&self) -> Vec<Uri> {
         self.state.lock().unwrap().destinations.clone()
     }
 }
@@ -108,11 +109,7 @@ impl Handler for FakeMachine {
     }
 
     fn migrate(&self, arguments: Migrate) -> Result<(), QmpError> {
-        self.state
-            .lock()
-            .unwrap()
-            .destinations
-            .push(arguments.address);
+        self.state.lock().unwrap().destinations.push(arguments.uri);
         self.migrate_to(MigrationStatus::Setup);
         self.migrate_to(MigrationStatus::Active);
         self.events

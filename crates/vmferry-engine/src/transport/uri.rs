@@ -20,7 +20,7 @@ pub enum Uri {
     Fd(i32),
     /// `exec:COMMAND`: the standard input (outgoing) or output (incoming) of a shell command.
     Exec(String),
-    /// `file:PATH`: a snapshot.
+    /// `file:PATH`: a snapshot. QEMU's `,offset=N` behind the path is taken if it is 0.
     File(PathBuf),
 }
 
@@ -40,6 +40,11 @@ pub enum UriError {
     /// `fd:` without a number.
     #[error("'{0}' is not of the form fd:N, the number of an inherited file descriptor")]
     Fd(String),
+    /// `file:` with an offset.
+    #[error(
+        "'{0}' gives an offset, but vmferry's snapshots start where their file does: leave ',offset=' out"
+    )]
+    Offset(String),
     /// Nothing behind the colon.
     #[error("'{0}' lacks what comes after the colon")]
     Empty(String),
@@ -77,9 +82,19 @@ impl FromStr for Uri {
                 _ => Err(UriError::Fd(text.to_owned())),
             },
             "exec" => Ok(Uri::Exec(rest.to_owned())),
-            _ => Ok(Uri::File(rest.into())),
+            _ => match rest.rsplit_once(",offset=") {
+                None => Ok(Uri::File(rest.into())),
+                Some((_, offset)) if !is_zero(offset) => Err(UriError::Offset(text.to_owned())),
+                Some(("", _)) => Err(UriError::Empty(text.to_owned())),
+                Some((path, _)) => Ok(Uri::File(path.into())),
+            },
         }
     }
+}
+
+/// Whether a number, in decimal or as `0x...`, is 0.
+fn is_zero(number: &str) -> bool {
+    number.strip_prefix("0x").unwrap_or(number).parse() == Ok(0_u64)
 }
 
 impl fmt::Display for Uri {
@@ -90,6 +105,10 @@ impl fmt::Display for Uri {
             Uri::Unix(path) => write!(f, "unix:{}", path.display()),
             Uri::Fd(fd) => write!(f, "fd:{fd}"),
             Uri::Exec(command) => write!(f, "exec:{command}"),
+            // An offset in the path's own name would be read as one.
+            Uri::File(path) if path.to_string_lossy().contains(",offset=") => {
+                write!(f, "file:{},offset=0", path.display())
+            }
             Uri::File(path) => write!(f, "file:{}", path.display()),
         }
     }
@@ -109,8 +128,16 @@ mod tests {
             "fd:7",
             "exec:cat > x",
             "file:x:y",
+            "file:x,offset=1,offset=0",
         ] {
             assert_eq!(text.parse::<Uri>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn an_offset_of_nothing_is_none() {
+        for text in ["file:x", "file:x,offset=0", "file:x,offset=0x0"] {
+            assert_eq!(text.parse(), Ok(Uri::File("x".into())));
         }
     }
 
@@ -130,6 +157,10 @@ mod tests {
             "fd:x",
             "unix:",
             "file:",
+            "file:,offset=0",
+            "file:x,offset=",
+            "file:x,offset=4096",
+            "file:x,offset=0x1000",
             "exec:",
         ] {
             let error = text.parse::<Uri>().unwrap_err().to_string();
