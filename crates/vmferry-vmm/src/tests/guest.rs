@@ -204,6 +204,24 @@ pub(super) fn elf() -> Vec<u8> {
     elf
 }
 
+/// A bzImage of the guest: two sectors of setup with the fields that a loader reads, then the code.
+pub(super) fn bzimage() -> Vec<u8> {
+    let mut image = vec![0; 1024];
+    let mut set = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    set(0x1f1, &[1]); // setup sectors beside the boot sector
+    set(0x1fe, &0xaa55_u16.to_le_bytes());
+    set(0x202, b"HdrS");
+    set(0x206, &0x20f_u16.to_le_bytes());
+    set(0x211, &[1]); // loaded high
+    set(0x214, &(LOAD as u32).to_le_bytes());
+    set(0x22c, &0x7fff_ffff_u32.to_le_bytes()); // highest address of the initial RAM disk
+    set(0x238, &2047_u32.to_le_bytes()); // longest command line
+    set(0x258, &LOAD.to_le_bytes());
+    set(0x260, &0x10_0000_u32.to_le_bytes());
+    image.extend(code());
+    image
+}
+
 pub(super) fn kernel() -> KernelSource {
     KernelSource::Bytes(Cow::Owned(elf()))
 }

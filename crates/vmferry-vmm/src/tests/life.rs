@@ -200,6 +200,52 @@ fn a_client_of_the_serial_socket_never_holds_the_guest_up() {
 }
 
 #[test]
+fn kernels_find_their_command_line_disk_and_memory_map() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let initrd = dir.path().join("initrd");
+    fs::write(&initrd, vec![0xd5; 5000]).unwrap();
+    let with = |image: Vec<u8>| MachineConfig {
+        kernel: Some(KernelSource::Bytes(image.into())),
+        initrd: Some(initrd.clone()),
+        ..config(1, &dir.path().join("serial"))
+    };
+    let string_at = |machine: &Machine, at: u64| {
+        let mut bytes = [0; 14];
+        machine
+            .ram
+            .memory
+            .read_slice(&mut bytes, GuestAddress(at))
+            .unwrap();
+        bytes
+    };
+    let disk: u32 = (64 << 20) - 8192;
+
+    let (linux, _) = machine(with(guest::bzimage()));
+    let params = 0x8000;
+    assert_eq!(u32_at(&linux, params + 0x218), disk);
+    assert_eq!(u32_at(&linux, params + 0x21c), 5000);
+    let cmdline = u32_at(&linux, params + 0x228).into();
+    assert_eq!(&string_at(&linux, cmdline), b"console=ttyS0\0");
+    assert_eq!(u32_at(&linux, params + 0x1e8) & 0xff, 3);
+    assert_eq!(u64_at(&linux, params + 0x2d0 + 2 * 20), 0x10_0000);
+    assert_eq!(u64_at(&linux, disk.into()), 0xd5d5_d5d5_d5d5_d5d5);
+    linux.resume().unwrap();
+    wait_for_progress(&linux);
+
+    let (pvh, _) = machine(with(guest::elf()));
+    let info = 0x6000;
+    let module = u64_at(&pvh, info + 16);
+    assert_eq!(u64_at(&pvh, module), u64::from(disk));
+    assert_eq!(u64_at(&pvh, module + 8), 5000);
+    let cmdline = u64_at(&pvh, info + 24);
+    assert_eq!(&string_at(&pvh, cmdline), b"console=ttyS0\0");
+    assert_eq!(u32_at(&pvh, info + 48), 3);
+}
+
+#[test]
 fn what_cannot_boot_is_named() {
     if !kvm() {
         return;
