@@ -8,8 +8,8 @@
 //!
 //! Where it differs from QEMU, on purpose: there is no out-of-band execution; keys and strings take double quotes
 //! only; an address that is no [`Uri`](vmferry_engine::Uri) is refused in that type's words, and ports and descriptors
-//! are numbers; of two members with one name the last counts; a negative number is never taken for a huge one; and a request
-//! is limited to 1 MiB and 100 levels, beyond which the connection is closed after an error.
+//! are numbers; of two members with one name the last counts; a negative number is never taken for a huge one; and a
+//! request is limited to 1 MiB and 100 levels, beyond which the connection is closed after an error.
 //!
 //! After malformed JSON the server answers `JSON parse error, ...` and reads on behind it: behind the closing bracket,
 //! the word, or the line that a string was left open on. A client that has lost its place sends the byte 0xFF, which

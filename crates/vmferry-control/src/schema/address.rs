@@ -43,6 +43,8 @@ impl SocketAddress {
 ///
 /// Read from `uri`, or from `channels` with one entry of type `main`. QEMU's `detach` is taken and has no effect, as in
 /// QMP it always is in force; `resume` is refused, as there is no migration to resume.
+///
+/// A channel's `exec` becomes a command for the shell that runs just that program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Migrate {
     /// Where to.
@@ -216,7 +218,7 @@ fn channel_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uri, D:
     };
     match members.left_over() {
         Some(name) => Err(D::Error::unknown_field(name, &[])),
-        // Only now, as QEMU too looks at values once every member is in its place.
+        // A value that does not fit is only named once no member is out of place.
         None => uri,
     }
 }
