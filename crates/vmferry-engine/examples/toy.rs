@@ -16,10 +16,11 @@ use vmferry_dirty::{BlockIndex, DirtyLog, LogError, PAGE_SIZE, PageRange};
 use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError};
 use vmferry_engine::{Destination, Info, Observer, Parameters, RamBlock, Source, Status, Uri};
 
-const PAGES: usize = 2048;
+/// The guest's memory.
+pub const PAGES: usize = 2048;
 
 /// A guest of 8 MiB.
-struct Toy {
+pub struct Toy {
     ram: Vec<RamBlock>,
     log: ToyLog,
     cpu: Arc<Cpu>,
@@ -70,7 +71,8 @@ impl Cpu {
 }
 
 impl Toy {
-    fn new() -> Arc<Self> {
+    /// A guest that has not run yet.
+    pub fn new() -> Arc<Self> {
         let writes = Arc::new(VmmWriteLog::new(PAGES));
         let bitmap = VmmWrites::new(writes.clone(), 0);
         let region = MmapRegionBuilder::new_with_bitmap(PAGES * PAGE_SIZE, bitmap)
@@ -108,9 +110,19 @@ impl Toy {
         })
     }
 
-    /// Compares all memory with what the steps so far must have left there.
-    fn verify(&self) -> u64 {
-        let next = *self.cpu.next_step.lock().unwrap();
+    /// How many steps it has taken.
+    pub fn steps(&self) -> u64 {
+        *self.cpu.next_step.lock().unwrap()
+    }
+
+    /// Whether its vCPU executes.
+    pub fn is_running(&self) -> bool {
+        *self.cpu.running.lock().unwrap()
+    }
+
+    /// Compares all memory with what the steps so far must have left there. The guest must be paused.
+    pub fn verify(&self) -> u64 {
+        let next = self.steps();
         let memory = self.cpu.region.as_volatile_slice();
         for page in 0..PAGES as u64 {
             let found: u64 = memory.read_obj(page as usize * PAGE_SIZE).unwrap();
@@ -202,11 +214,8 @@ impl Guest for Toy {
     }
 
     fn save_devices(&self) -> Result<Vec<DeviceState>, GuestError> {
-        let step = *self.cpu.next_step.lock().unwrap();
-        Ok(vec![section(
-            "vmferry/toy-cpu",
-            step.to_be_bytes().to_vec(),
-        )])
+        let step = self.steps().to_be_bytes().to_vec();
+        Ok(vec![section("vmferry/toy-cpu", step)])
     }
 
     fn load_devices(&self, states: &[DeviceState]) -> Result<(), GuestError> {
@@ -234,7 +243,7 @@ impl Guest for Toy {
 }
 
 /// Watches nothing.
-struct Quiet;
+pub struct Quiet;
 
 impl Observer for Quiet {
     fn status(&self, _: Status) {}
@@ -244,7 +253,7 @@ impl Observer for Quiet {
 fn main() {
     let (here, there) = (Toy::new(), Toy::new());
     here.start(Activity::Running, Duration::ZERO).unwrap();
-    while *here.cpu.next_step.lock().unwrap() < 2 * PAGES as u64 {
+    while here.steps() < 2 * PAGES as u64 {
         std::thread::yield_now();
     }
 
@@ -261,8 +270,8 @@ fn main() {
     incoming.wait().expect("the guest has arrived");
 
     // It runs there, and only there.
-    let arrived = *there.cpu.next_step.lock().unwrap();
-    while *there.cpu.next_step.lock().unwrap() < arrived + 1000 {
+    let arrived = there.steps();
+    while there.steps() < arrived + 1000 {
         std::thread::yield_now();
     }
     let left = here.verify();

@@ -5,6 +5,7 @@ use std::time::Duration;
 use vmferry_dirty::Discipline;
 
 use crate::status::Status;
+use crate::transport::Uri;
 
 /// A snapshot of a migration's figures. All counts are totals since its start.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -14,7 +15,7 @@ pub struct Info {
     /// Why it failed, when it has.
     pub error: Option<String>,
     /// Where a destination listens, once it does.
-    pub listening: Option<String>,
+    pub listening: Option<Uri>,
     /// Time since the start; of a finished migration, all it took.
     pub total_time: Duration,
     /// Time until the first page was sent.

@@ -73,7 +73,7 @@ impl Destination {
             cancel: CancelToken::new().map_err(resources)?,
             started: Instant::now(),
             info: Mutex::new(Info {
-                listening: Some(bound.to_string()),
+                listening: Some(bound.clone()),
                 ..Info::default()
             }),
             observer,

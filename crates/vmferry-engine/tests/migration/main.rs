@@ -1,0 +1,8 @@
+//! Whole migrations, from a source to a destination in one process, with the guest of `examples/toy.rs`.
+
+mod common;
+#[path = "../../examples/toy.rs"]
+#[expect(dead_code, reason = "`main` is the example's")]
+mod toy;
+
+mod one_runner;
