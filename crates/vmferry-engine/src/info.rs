@@ -57,7 +57,8 @@ pub struct RamInfo {
     pub downtime_bytes: u64,
 }
 
-/// Is told what happens, as it happens. Called from the migration's own thread: be quick.
+/// Is told what happens, as it happens and in that order. Called from the migration's own thread, or from the
+/// one that starts or cancels it: be quick, and do not steer the migration from in here.
 pub trait Observer: Send + Sync {
     /// The migration has entered a state.
     fn status(&self, status: Status);

@@ -100,7 +100,11 @@ impl Guest for Machine {
         match was {
             Activity::Running => self.run(&mut lifecycle),
             Activity::Paused => {
-                lifecycle.state = before;
+                lifecycle.state = match before {
+                    // It ran, but nobody knows on which side it is to go on: its user decides.
+                    RunState::Running => RunState::Paused,
+                    state => state,
+                };
                 lifecycle.handover = Handover::None;
             }
         }

@@ -1,1 +1,44 @@
-fn main() {}
+//! The `vmferry` command: runs KVM guests, and moves them while they run.
+
+mod cancel;
+mod cli;
+mod demo;
+mod docs;
+mod migrate;
+mod progress;
+mod report;
+mod run;
+mod status;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("VMFERRY_LOG")
+                .unwrap_or_else(|_| "off".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let result = match cli.command {
+        Command::Run(options) => run::run(options),
+        Command::Migrate(options) => migrate::migrate(&options),
+        Command::Status(options) => status::status(&options),
+        Command::Cancel(options) => cancel::cancel(&options),
+        Command::Demo(options) => demo::demo(&options),
+        Command::Completions { shell } => docs::completions(shell),
+        Command::Man { directory } => docs::man(&directory),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vmferry: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -74,16 +74,26 @@ impl<'a> Receiver<'a> {
             self.receive(&mut populator)
         });
         let result = result.and_then(|()| self.take_over());
-        if let Err(error) = &result
-            && self.two_way
-            && !matches!(error, MigrationError::Undecided { .. })
-        {
-            // The source may be gone, and then there is nobody to tell.
-            let _ = self.answer(&ReturnPathMessage::Error(error.to_string()));
-            let _ = self.answer(&ReturnPathMessage::Shut(1));
-            self.channel.close_after_last_words(LAST_WORDS);
+        if self.two_way {
+            self.say_goodbye(&result);
         }
         result
+    }
+
+    /// Tells the source how it ended. The source may be gone, and then there is nobody to tell.
+    fn say_goodbye(&self, result: &Result<(), MigrationError>) {
+        let shut = match result {
+            // The guest runs here, whether or not the source hears of it.
+            Ok(()) => ReturnPathMessage::Shut(0),
+            // Neither word would be true.
+            Err(MigrationError::Undecided { .. }) => return,
+            Err(error) => {
+                let _ = self.answer(&ReturnPathMessage::Error(error.to_string()));
+                ReturnPathMessage::Shut(1)
+            }
+        };
+        let _ = self.answer(&shut);
+        self.channel.close_after_last_words(LAST_WORDS);
     }
 
     /// Reads the stream up to the point where the guest is complete here.
@@ -176,10 +186,6 @@ impl<'a> Receiver<'a> {
         self.guest.start(self.activity, paused_since.elapsed())?;
         self.shared
             .update(|info| info.downtime = Some(paused_since.elapsed()));
-        if self.two_way {
-            // The guest runs here, whether or not the source hears of it.
-            let _ = self.answer(&ReturnPathMessage::Shut(0));
-        }
         Ok(())
     }
 

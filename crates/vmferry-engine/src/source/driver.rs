@@ -12,7 +12,7 @@ use super::writer::{Flushed, StreamWriter};
 use crate::error::MigrationError;
 use crate::seam::{Activity, Guest};
 use crate::status::Status;
-use crate::transport::{Channel, ChannelKind, Outgoing, Uri};
+use crate::transport::{Channel, ChannelKind, Outgoing, TransportError, Uri};
 
 /// The machine type in the stream's configuration section.
 pub(crate) const MACHINE_TYPE: &str = "microvm";
@@ -41,22 +41,10 @@ pub(super) struct Driver<'a> {
 impl<'a> Driver<'a> {
     /// Runs a migration from the connection to the end, and puts the guest back if it fails.
     pub(super) fn run(guest: &dyn Guest, uri: &Uri, shared: &Shared) -> Result<(), MigrationError> {
-        shared.enter(Status::Setup);
-        let result = Self::connect_and_migrate(guest, uri, shared).map_err(|error| {
-            match (error, shared.cancel.is_cancelled()) {
-                (error @ MigrationError::Undecided { .. }, _) | (error, false) => error,
-                // Whatever broke, broke because the user cancelled.
-                (_, true) => MigrationError::Cancelled,
-            }
-        });
+        let result = shared.conclude(Self::connect_and_migrate(guest, uri, shared));
         match &result {
-            Ok(()) => shared.enter(Status::Completed),
-            Err(MigrationError::Cancelled) => shared.enter(Status::Cancelled),
-            Err(error) => {
-                tracing::error!(%uri, "migration failed: {error}");
-                shared.update(|info| info.error = Some(error.to_string()));
-                shared.enter(Status::Failed);
-            }
+            Ok(()) | Err(MigrationError::Cancelled) => {}
+            Err(error) => tracing::error!(%uri, "migration failed: {error}"),
         }
         result
     }
@@ -97,6 +85,13 @@ impl<'a> Driver<'a> {
             (Err(error), Some(return_path)) => Err(return_path.explain(error)),
             // A one-way stream: what was written must also arrive (on a disk, in a command that succeeds).
             (Ok(()), None) => outgoing.finish().map_err(MigrationError::from),
+            // Nobody is connected to it: what failed is the disk or the pipe.
+            (Err(MigrationError::Connection { source, .. }), None) => Err(TransportError {
+                action: "write to",
+                uri: uri.clone(),
+                source,
+            }
+            .into()),
             (result, _) => result,
         };
         Self::settle(guest, shared, hold, &result);
@@ -183,10 +178,12 @@ impl<'a> Driver<'a> {
     }
 
     fn wait_before_switchover(&mut self) -> Result<(), MigrationError> {
+        /// A guest whose destination is gone stands still for no longer than this.
+        const CHECK_INTERVAL: Duration = Duration::from_millis(50);
         if self.shared.parameters().pause_before_switchover {
             self.shared.enter(Status::PreSwitchover);
-            if !self.shared.wait_to_proceed() {
-                return Err(MigrationError::Cancelled);
+            while !self.shared.wait_to_proceed(CHECK_INTERVAL) {
+                self.check()?;
             }
         }
         self.shared.enter(Status::Device);

@@ -16,6 +16,7 @@ use crate::error::MigrationError;
 use crate::info::{Info, Observer};
 use crate::params::Parameters;
 use crate::seam::Guest;
+use crate::status::Status;
 use crate::transport::Uri;
 
 use driver::Driver;
@@ -40,12 +41,14 @@ impl Source {
         observer: Box<dyn Observer>,
     ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::new(CancelToken::new()?, parameters, observer));
+        shared.enter(Status::Setup);
         let thread = {
             let shared = shared.clone();
             std::thread::Builder::new()
                 .name("migration".to_owned())
-                .spawn(move || Driver::run(&*guest, &uri, &shared))?
+                .spawn(move || Driver::run(&*guest, &uri, &shared))
         };
+        let thread = thread.inspect_err(|_| shared.enter(Status::Failed))?;
         Ok(Source {
             shared,
             thread: Some(thread),
@@ -63,7 +66,7 @@ impl Source {
     }
 
     /// Cancels. The guest goes on (or stays paused, if it was); the end is seen as
-    /// [`Status::Cancelled`](crate::Status::Cancelled).
+    /// [`Status::Cancelled`].
     ///
     /// # Errors
     ///

@@ -1,9 +1,10 @@
 //! What the migration thread shares with those who watch and steer it.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::cancel::CancelToken;
+use crate::error::MigrationError;
 use crate::info::{Info, Observer};
 use crate::params::Parameters;
 use crate::status::Status;
@@ -88,9 +89,16 @@ impl Shared {
 
     /// Enters a state and tells the observer. While a cancellation is under way, only its end is shown.
     pub(super) fn enter(&self, status: Status) {
+        self.enter_holding(&lock(&self.control), status);
+    }
+
+    /// Enters a state. `_control` is held until the observer has heard of it, so that what it hears from the
+    /// migration thread and from a user who cancels has the order in which it happened.
+    fn enter_holding(&self, _control: &MutexGuard<'_, Control>, status: Status) {
         {
             let mut info = lock(&self.info);
-            if info.status == status || info.status == Status::Cancelling && !status.is_final() {
+            let ending = info.status == Status::Cancelling && !status.is_final();
+            if info.status == status || info.status.is_final() || ending {
                 return;
             }
             info.status = status;
@@ -122,9 +130,7 @@ impl Shared {
                 return Err(SteerError::TooLate);
             }
             control.ownership = Ownership::Cancelled;
-        }
-        if !self.info().status.is_final() {
-            self.enter(Status::Cancelling);
+            self.enter_holding(&control, Status::Cancelling);
         }
         self.cancel.cancel();
         self.changed.notify_all();
@@ -140,6 +146,28 @@ impl Shared {
         control.ownership == Ownership::GivenAway
     }
 
+    /// Enters the state that `result` ends in; what failed after the user had cancelled is cancelled.
+    pub(super) fn conclude(
+        &self,
+        result: Result<(), MigrationError>,
+    ) -> Result<(), MigrationError> {
+        let control = lock(&self.control);
+        let result = match control.ownership {
+            // Whatever broke, broke because the user cancelled.
+            Ownership::Cancelled => result.map_err(|_| MigrationError::Cancelled),
+            Ownership::Ours | Ownership::GivenAway => result,
+        };
+        match &result {
+            Ok(()) => self.enter_holding(&control, Status::Completed),
+            Err(MigrationError::Cancelled) => self.enter_holding(&control, Status::Cancelled),
+            Err(error) => {
+                self.update(|info| info.error = Some(error.to_string()));
+                self.enter_holding(&control, Status::Failed);
+            }
+        }
+        result
+    }
+
     /// The user lets a migration in pre-switchover go on.
     pub(super) fn proceed(&self) -> Result<(), SteerError> {
         let status = self.info().status;
@@ -151,15 +179,15 @@ impl Shared {
         Ok(())
     }
 
-    /// Waits for [`proceed`](Self::proceed); false if the user cancelled instead.
-    pub(super) fn wait_to_proceed(&self) -> bool {
-        let mut control = lock(&self.control);
-        while !control.go && control.ownership == Ownership::Ours {
-            control = self
-                .changed
-                .wait(control)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        control.ownership == Ownership::Ours
+    /// Waits for [`proceed`](Self::proceed), for at most `timeout`; false if it did not come, or if the user
+    /// cancelled.
+    pub(super) fn wait_to_proceed(&self, timeout: Duration) -> bool {
+        let control = lock(&self.control);
+        let waiting = |c: &mut Control| !c.go && c.ownership == Ownership::Ours;
+        let (control, _) = self
+            .changed
+            .wait_timeout_while(control, timeout, waiting)
+            .unwrap_or_else(PoisonError::into_inner);
+        control.go && control.ownership == Ownership::Ours
     }
 }

@@ -4,6 +4,7 @@ mod channel;
 mod incoming;
 mod outgoing;
 mod tcp;
+mod unix;
 mod uri;
 
 use std::io;

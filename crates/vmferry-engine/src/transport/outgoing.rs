@@ -3,7 +3,6 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -11,7 +10,7 @@ use std::time::Duration;
 use tempfile::NamedTempFile;
 
 use super::channel::{Channel, cancelled};
-use super::{TransportError, Uri, tcp};
+use super::{TransportError, Uri, tcp, unix};
 use crate::cancel::CancelToken;
 
 /// An outgoing transport: open for writing until [`finish`](Self::finish)ed or dropped.
@@ -109,7 +108,7 @@ impl Outgoing {
                 let addresses = tcp::resolve(host, *port, "localhost")?;
                 Ok((tcp::connect(&addresses, timeout, cancel)?, Finish::Nothing))
             }
-            Uri::Unix(path) => plain(UnixStream::connect(path)?.into()),
+            Uri::Unix(path) => plain(unix::connect(path, timeout, cancel)?),
             Uri::Fd(fd) => plain(inherited(*fd)?),
             Uri::Exec(command) => {
                 let mut child = RunningCommand::start(command, Stdio::piped(), Stdio::inherit())?;

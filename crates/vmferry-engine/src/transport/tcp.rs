@@ -68,10 +68,13 @@ fn connect_one(
 /// Sends small messages at once, and lets the kernel find out within about `timeout` that the peer's host
 /// is gone.
 pub(super) fn tune(fd: &OwnedFd, timeout: Duration) -> io::Result<()> {
-    let step = (timeout / 8).max(Duration::from_secs(1));
+    /// The kernel takes at most 32767 s, and a peer that is gone for an hour is gone.
+    const BOUNDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3600));
+    let idle = (timeout / 2).clamp(BOUNDS.0, BOUNDS.1);
+    let step = (timeout / 8).clamp(BOUNDS.0, BOUNDS.1);
     sockopt::set_tcp_nodelay(fd, true)?;
     sockopt::set_socket_keepalive(fd, true)?;
-    sockopt::set_tcp_keepidle(fd, (timeout / 2).max(Duration::from_secs(1)))?;
+    sockopt::set_tcp_keepidle(fd, idle)?;
     sockopt::set_tcp_keepintvl(fd, step)?;
     sockopt::set_tcp_keepcnt(fd, 4)?;
     Ok(())

@@ -1,0 +1,43 @@
+//! `vmferry cancel`.
+
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use serde_json::Value;
+use vmferry_control::QmpClient;
+use vmferry_control::schema::MigrationStatus;
+
+use crate::cli;
+use crate::progress::{PATIENCE, POLL, is_over};
+
+/// Cancels the migration of a guest, and waits until it is.
+pub fn cancel(options: &cli::Cancel) -> anyhow::Result<()> {
+    let mut vm = QmpClient::connect(&options.monitor.qmp, PATIENCE)?;
+    vm.execute("migrate_cancel", Value::Null)?;
+    // A peer that hangs is noticed at the next write at the latest.
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        match vm.query_migrate()?.status {
+            None | Some(MigrationStatus::None) => {
+                println!("There is no migration to cancel.");
+                return Ok(());
+            }
+            Some(MigrationStatus::Cancelled) => {
+                let guest = vm.query_status()?.status;
+                println!(
+                    "Cancelled. The guest is {}.",
+                    crate::report::run_state(guest)
+                );
+                return Ok(());
+            }
+            Some(status) if is_over(status) => bail!(
+                "there is no migration to cancel: the last one is {}",
+                crate::report::migration_status(status)
+            ),
+            Some(_) if Instant::now() > end => {
+                bail!("the migration does not end; see vmferry status")
+            }
+            Some(_) => std::thread::sleep(POLL),
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use vmferry_control::units::{parse_bandwidth, parse_duration, parse_size};
+use vmferry_engine::{Discipline, Uri};
+use vmferry_vmm::SerialConfig;
+
+/// Live migration and fault tolerance for KVM virtual machines.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "\
+Sizes take the units that people write: 64M and 64MiB are 2^20 bytes each, 64MB is 10^6. Durations are \
+300ms or 2s, bandwidths 1GiB/s.
+Set VMFERRY_LOG=info (or debug) to see what the machine and its migrations do.
+
+Try it:  vmferry demo"
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a guest, or wait for one to arrive
+    Run(Run),
+    /// Move a running guest to another vmferry, or into a file
+    Migrate(Migrate),
+    /// Show what a guest and its migration are doing
+    Status(Status),
+    /// Cancel a migration; the guest goes on where it is
+    Cancel(Cancel),
+    /// Move a guest under load between two processes on this machine, and let it check its memory
+    Demo(Demo),
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages
+    Man {
+        /// Where to
+        directory: PathBuf,
+    },
+}
+
+/// The kernel to boot.
+#[derive(Clone, Debug)]
+pub enum Kernel {
+    /// The image of an embedded guest.
+    Guest(&'static [u8]),
+    Path(PathBuf),
+}
+
+fn parse_kernel(text: &str) -> Result<Kernel, String> {
+    let Some(name) = text.strip_prefix("guest:") else {
+        return Ok(Kernel::Path(text.into()));
+    };
+    vmferry_guests::find(name)
+        .map(Kernel::Guest)
+        .ok_or_else(|| {
+            let names: Vec<_> = vmferry_guests::GUESTS.iter().map(|g| g.name).collect();
+            format!(
+                "there is no embedded guest '{name}': there is {}",
+                names.join(", ")
+            )
+        })
+}
+
+fn parse_serial(text: &str) -> Result<SerialConfig, String> {
+    match text.split_once(':') {
+        None if text == "stdio" => Ok(SerialConfig::Stdio),
+        None if text == "null" => Ok(SerialConfig::Null),
+        Some(("file", path)) if !path.is_empty() => Ok(SerialConfig::File(path.into())),
+        Some(("unix", path)) if !path.is_empty() => Ok(SerialConfig::Unix(path.into())),
+        _ => Err("use stdio, null, file:PATH or unix:PATH".to_owned()),
+    }
+}
+
+/// `unix:PATH`, the address of a monitor. The prefix may be left out.
+fn parse_monitor(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("unix:").unwrap_or(text) {
+        "" => Err("use unix:PATH".to_owned()),
+        path => Ok(path.into()),
+    }
+}
+
+/// Where a guest comes from.
+#[derive(Clone, Debug)]
+pub enum Incoming {
+    Uri(Uri),
+    /// The monitor will say (`migrate-incoming`).
+    Defer,
+}
+
+fn parse_incoming(text: &str) -> Result<Incoming, String> {
+    match text {
+        "defer" => Ok(Incoming::Defer),
+        uri => uri
+            .parse()
+            .map(Incoming::Uri)
+            .map_err(|e| format!("{e}, or defer")),
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The kernel: a PVH ELF (vmlinux), a bzImage, or an embedded guest
+    #[arg(long, value_name = "PATH|guest:NAME", value_parser = parse_kernel)]
+    pub kernel: Option<Kernel>,
+    /// The kernel's initial RAM disk
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "STR", default_value = "")]
+    pub cmdline: String,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// RAM of the guest
+    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = parse_size)]
+    pub memory: u64,
+    /// Where the serial port leads: stdio, null, file:PATH or unix:PATH
+    #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = parse_serial)]
+    pub serial: SerialConfig,
+    /// Where the monitor (QMP) listens
+    #[arg(long, value_name = "unix:PATH", value_parser = parse_monitor)]
+    pub qmp: Option<PathBuf>,
+    /// Wait for a guest from there (tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND, file:PATH), or until the
+    /// monitor says from where
+    #[arg(long, value_name = "URI|defer", value_parser = parse_incoming)]
+    pub incoming: Option<Incoming>,
+    /// The guest's name
+    #[arg(long, value_name = "STR")]
+    pub name: Option<String>,
+    /// Do not start the guest: the monitor will (cont)
+    #[arg(long, conflicts_with = "incoming")]
+    pub paused: bool,
+    /// End when the guest resets itself, instead of starting it again
+    #[arg(long)]
+    pub no_reboot: bool,
+}
+
+/// The address of the monitor of a running guest.
+#[derive(Debug, Args)]
+pub struct Monitor {
+    /// The guest's monitor, as given to `vmferry run --qmp`
+    #[arg(long, value_name = "unix:PATH", value_parser = parse_monitor)]
+    pub qmp: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    #[command(flatten)]
+    pub monitor: Monitor,
+    /// Where to: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
+    pub uri: Uri,
+    /// How long the guest may stand still [VM's default: 300ms]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub downtime_limit: Option<Duration>,
+    /// How much may be sent while the guest runs [VM's default: no limit]
+    #[arg(long, value_name = "RATE", value_parser = parse_bandwidth)]
+    pub max_bandwidth: Option<u64>,
+    /// Leave the source process there, paused, when the guest has left
+    #[arg(long)]
+    pub keep_source: bool,
+    /// How the dirty bitmap is kept right: lock-free, slice-lock or per-bit-lock
+    #[arg(long, value_name = "NAME")]
+    pub discipline: Option<Discipline>,
+    /// Return when the migration has begun; the source process stays
+    #[arg(long)]
+    pub detach: bool,
+    /// Print one JSON object and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Status {
+    #[command(flatten)]
+    pub monitor: Monitor,
+    /// Show it again every second, until the migration or the guest is over
+    #[arg(long)]
+    pub watch: bool,
+    /// Print JSON: one object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Cancel {
+    #[command(flatten)]
+    pub monitor: Monitor,
+}
+
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// RAM of the guest
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
+    pub memory: u64,
+    /// How much of it the guest keeps rewriting
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = parse_size)]
+    pub working_set: u64,
+    /// How many pages it rewrites a second (0: as fast as it can)
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    pub rate: u64,
+    /// Print one JSON object and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn bad_values_are_explained() {
+        for (args, part) in [
+            (&["run", "--kernel", "guest:nobody"][..], "there is dirtier"),
+            (&["run", "--serial", "tcp:1"], "file:PATH"),
+            (&["run", "--incoming", "nowhere"], "tcp:HOST:PORT"),
+            (&["run", "--memory", "1.5.2G"], "1.5.2G"),
+            (&["migrate", "--qmp", "unix:", "tcp:a:1"], "unix:PATH"),
+            (
+                &["migrate", "--qmp", "x", "tcp:a:1", "--discipline", "none"],
+                "lock-free",
+            ),
+            (&["migrate", "--qmp", "x", "tcp:a"], "tcp:HOST:PORT"),
+        ] {
+            let error = Cli::try_parse_from([&["vmferry"], args].concat()).unwrap_err();
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! The monitor's commands, carried out.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use vmferry_control::schema::{
+    CpuInfoFast, CpuInstanceProperties, KvmInfo, Migrate, MigrateContinue, MigrateIncoming,
+    MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus,
+    MigrationInfo, MigrationParameters, MigrationRamStats, MigrationStatus, NameInfo, RunState,
+    SocketAddress, StatusInfo,
+};
+use vmferry_control::{Handler, QmpError};
+use vmferry_engine::{Info, Parameters, Status};
+use vmferry_vmm::Machine;
+
+use super::Exit;
+use super::migrations::{Migrations, OnFailure, Settings};
+
+/// Carries out what the monitor's clients ask for.
+pub struct Monitor {
+    machine: Arc<Machine>,
+    migrations: Arc<Migrations>,
+    name: Option<String>,
+    exit: Sender<Exit>,
+}
+
+impl Monitor {
+    pub fn new(
+        machine: Arc<Machine>,
+        migrations: Arc<Migrations>,
+        name: Option<String>,
+        exit: Sender<Exit>,
+    ) -> Self {
+        Monitor {
+            machine,
+            migrations,
+            name,
+            exit,
+        }
+    }
+}
+
+impl Handler for Monitor {
+    fn query_status(&self) -> Result<StatusInfo, QmpError> {
+        let state = self.machine.run_state();
+        Ok(StatusInfo {
+            status: run_state(state),
+            running: state == vmferry_vmm::RunState::Running,
+        })
+    }
+
+    fn query_name(&self) -> Result<NameInfo, QmpError> {
+        Ok(NameInfo {
+            name: self.name.clone(),
+        })
+    }
+
+    fn query_cpus_fast(&self) -> Result<Vec<CpuInfoFast>, QmpError> {
+        let cpus = self.machine.vcpus().into_iter().map(|cpu| CpuInfoFast {
+            cpu_index: cpu.index.into(),
+            qom_path: format!("/machine/cpu[{}]", cpu.index),
+            thread_id: cpu.thread_id.unsigned_abs().into(),
+            props: Some(CpuInstanceProperties {
+                socket_id: 0,
+                core_id: cpu.index.into(),
+                thread_id: 0,
+            }),
+            target: "x86_64".to_owned(),
+        });
+        Ok(cpus.collect())
+    }
+
+    fn query_kvm(&self) -> Result<KvmInfo, QmpError> {
+        Ok(KvmInfo {
+            enabled: true,
+            present: true,
+        })
+    }
+
+    fn stop(&self) -> Result<(), QmpError> {
+        self.machine.pause().map_err(generic)
+    }
+
+    fn cont(&self) -> Result<(), QmpError> {
+        self.machine.resume().map_err(generic)
+    }
+
+    fn quit(&self) -> Result<(), QmpError> {
+        // Nobody listens any more when the process is ending already.
+        let _ = self.exit.send(Exit::Quit);
+        Ok(())
+    }
+
+    fn system_reset(&self) -> Result<(), QmpError> {
+        self.machine.reset().map_err(generic)
+    }
+
+    fn migrate(&self, arguments: Migrate) -> Result<(), QmpError> {
+        self.migrations.send(arguments.uri)
+    }
+
+    fn migrate_incoming(&self, arguments: MigrateIncoming) -> Result<(), QmpError> {
+        let on_failure = match arguments.exit_on_error {
+            true => OnFailure::Exit,
+            false => OnFailure::Stay,
+        };
+        let received = self.migrations.receive(&arguments.uri, on_failure);
+        received.map(drop).map_err(generic)
+    }
+
+    fn migrate_cancel(&self) -> Result<(), QmpError> {
+        self.migrations.cancel()
+    }
+
+    fn migrate_continue(&self, arguments: MigrateContinue) -> Result<(), QmpError> {
+        self.migrations.proceed(arguments.state)
+    }
+
+    fn query_migrate(&self) -> Result<MigrationInfo, QmpError> {
+        Ok(self
+            .migrations
+            .info()
+            .map(migration_info)
+            .unwrap_or_default())
+    }
+
+    fn migrate_set_parameters(&self, arguments: MigrateSetParameters) -> Result<(), QmpError> {
+        self.migrations.change(|settings| {
+            let mut all = parameters(&settings.parameters);
+            all.apply(arguments);
+            settings.parameters = Parameters {
+                downtime_limit: Duration::from_millis(all.downtime_limit),
+                max_bandwidth: (all.max_bandwidth > 0).then_some(all.max_bandwidth),
+                discipline: all.x_vmferry_discipline,
+                peer_timeout: Duration::from_millis(all.x_vmferry_peer_timeout),
+                ..settings.parameters
+            };
+        });
+        Ok(())
+    }
+
+    fn query_migrate_parameters(&self) -> Result<MigrationParameters, QmpError> {
+        Ok(parameters(&self.migrations.settings().parameters))
+    }
+
+    fn migrate_set_capabilities(&self, arguments: MigrateSetCapabilities) -> Result<(), QmpError> {
+        let wanted = arguments.capabilities;
+        let no_return_path = |c: &MigrationCapabilityStatus| {
+            c.capability == MigrationCapability::ReturnPath && !c.state
+        };
+        if wanted.iter().any(no_return_path) {
+            let why =
+                "Capability 'return-path' cannot be switched off: the guest is handed over on it";
+            return Err(QmpError::generic(why));
+        }
+        self.migrations.change(|settings| {
+            for MigrationCapabilityStatus { capability, state } in wanted {
+                match capability {
+                    MigrationCapability::Events => settings.events = state,
+                    MigrationCapability::PauseBeforeSwitchover => {
+                        settings.parameters.pause_before_switchover = state;
+                    }
+                    MigrationCapability::ReturnPath => {}
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn query_migrate_capabilities(&self) -> Result<Vec<MigrationCapabilityStatus>, QmpError> {
+        let Settings { parameters, events } = self.migrations.settings();
+        Ok([
+            (MigrationCapability::Events, events),
+            (MigrationCapability::ReturnPath, true),
+            (
+                MigrationCapability::PauseBeforeSwitchover,
+                parameters.pause_before_switchover,
+            ),
+        ]
+        .map(|(capability, state)| MigrationCapabilityStatus { capability, state })
+        .to_vec())
+    }
+}
+
+fn parameters(engine: &Parameters) -> MigrationParameters {
+    MigrationParameters {
+        downtime_limit: millis(engine.downtime_limit),
+        max_bandwidth: engine.max_bandwidth.unwrap_or(0),
+        x_vmferry_discipline: engine.discipline,
+        x_vmferry_peer_timeout: millis(engine.peer_timeout),
+    }
+}
+
+fn migration_info(info: Info) -> MigrationInfo {
+    /// Bytes of a page.
+    const PAGE: u64 = 4096;
+    let status = status(info.status);
+    let copying = !matches!(info.status, Status::None | Status::Setup);
+    let ram = copying.then(|| MigrationRamStats {
+        transferred: info.ram.transferred,
+        remaining: info.ram.remaining,
+        total: info.ram.total,
+        duplicate: info.ram.duplicate,
+        normal: info.ram.normal,
+        normal_bytes: info.ram.normal * PAGE,
+        dirty_pages_rate: info.ram.dirty_pages_rate,
+        mbps: info.ram.transferred as f64 * 8.0 / 1e6 / info.total_time.as_secs_f64().max(1e-3),
+        dirty_sync_count: info.ram.dirty_sync_count,
+        page_size: PAGE,
+        pages_per_second: info.ram.pages_per_second,
+        precopy_bytes: info.ram.precopy_bytes,
+        downtime_bytes: info.ram.downtime_bytes,
+        ..MigrationRamStats::default()
+    });
+    MigrationInfo {
+        status: Some(status),
+        ram,
+        total_time: copying.then(|| millis(info.total_time)),
+        // QEMU shows one of the two.
+        expected_downtime: (copying && info.downtime.is_none())
+            .then(|| millis(info.expected_downtime)),
+        downtime: info.downtime.map(millis),
+        setup_time: copying.then(|| millis(info.setup_time)),
+        error_desc: info.error,
+        socket_address: info.listening.as_ref().and_then(SocketAddress::list),
+        x_vmferry_downtime_us: info
+            .downtime
+            .map(|d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX)),
+        x_vmferry_discipline: info.discipline,
+        x_vmferry_bandwidth: (info.bandwidth > 0).then_some(info.bandwidth),
+        ..MigrationInfo::default()
+    }
+}
+
+/// An error in its own words.
+pub fn generic(error: impl std::fmt::Display) -> QmpError {
+    QmpError::generic(error.to_string())
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The engine's state in the monitor's words.
+pub fn status(status: Status) -> MigrationStatus {
+    match status {
+        Status::None => MigrationStatus::None,
+        Status::Setup => MigrationStatus::Setup,
+        Status::Active => MigrationStatus::Active,
+        Status::PreSwitchover => MigrationStatus::PreSwitchover,
+        Status::Device => MigrationStatus::Device,
+        Status::Completed => MigrationStatus::Completed,
+        Status::Failed => MigrationStatus::Failed,
+        Status::Cancelling => MigrationStatus::Cancelling,
+        Status::Cancelled => MigrationStatus::Cancelled,
+    }
+}
+
+fn run_state(state: vmferry_vmm::RunState) -> RunState {
+    use vmferry_vmm::RunState as Machine;
+    match state {
+        Machine::Prelaunch => RunState::Prelaunch,
+        Machine::InMigrate => RunState::Inmigrate,
+        Machine::Running => RunState::Running,
+        Machine::Paused => RunState::Paused,
+        Machine::FinishMigrate => RunState::FinishMigrate,
+        Machine::PostMigrate => RunState::Postmigrate,
+        Machine::Shutdown => RunState::Shutdown,
+        Machine::InternalError => RunState::InternalError,
+    }
+}

@@ -1,0 +1,47 @@
+//! `vmferry status`.
+
+use std::time::Duration;
+
+use serde_json::json;
+use vmferry_control::QmpClient;
+use vmferry_control::schema::{MigrationInfo, MigrationStatus, StatusInfo};
+
+use crate::cli;
+use crate::progress::{PATIENCE, is_over};
+use crate::report;
+
+/// Shows what a guest and its migration are doing.
+pub fn status(options: &cli::Status) -> anyhow::Result<()> {
+    let mut vm = QmpClient::connect(&options.monitor.qmp, PATIENCE)?;
+    loop {
+        let (guest, migration) = (vm.query_status()?, vm.query_migrate()?);
+        print(options, &guest, &migration)?;
+        if !options.watch || migration.status.is_some_and(is_over) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+fn print(
+    options: &cli::Status,
+    guest: &StatusInfo,
+    migration: &MigrationInfo,
+) -> anyhow::Result<()> {
+    if options.json {
+        println!("{}", json!({"status": guest, "migration": migration}));
+        return Ok(());
+    }
+    println!("guest: {}", report::run_state(guest.status));
+    match migration.status {
+        None | Some(MigrationStatus::None) => println!("migration: none"),
+        Some(status) => {
+            println!("migration: {}", report::migration_status(status));
+            print!("{}", report::migration_table(migration));
+        }
+    }
+    if options.watch {
+        println!();
+    }
+    Ok(())
+}
