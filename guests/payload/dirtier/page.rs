@@ -176,8 +176,8 @@ impl Page {
     }
 
     /// The checksum of all words but the checksum's: in each lane the sum of its words and the sum of
-    /// these sums (so that their order counts), then all of that mixed into one word. Any change
-    /// within one lane's sum changes the result; other changes go unseen once in 2^64.
+    /// these sums (so that their order counts), then all of that mixed into one word, each number with
+    /// another constant (so that lanes cannot change places). Damage goes unseen once in 2^64.
     fn sum(&self) -> u64 {
         let mut plain = self.0[0];
         plain[SUM] = 0;
@@ -188,10 +188,10 @@ impl Page {
                 ordered[lane] = ordered[lane].wrapping_add(plain[lane]);
             }
         }
-        let mut sum = MAGIC;
-        for lane in 0..LANES {
-            sum = mix(sum ^ plain[lane]);
-            sum = mix(sum ^ ordered[lane]);
+        let mut sum = 0u64;
+        for (index, number) in plain.into_iter().chain(ordered).enumerate() {
+            let constant = MAGIC.wrapping_mul(2 * index as u64 + 1);
+            sum = sum.wrapping_add(mix(number ^ constant));
         }
         sum
     }

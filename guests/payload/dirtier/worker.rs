@@ -3,6 +3,7 @@
 //! The main loop turns often: a turn handles a few pages and prints a few bytes, so that the time
 //! between two turns says for how long the vCPU did *not* run - in a migration, the downtime.
 
+use core::fmt::Display;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::Shared;
@@ -260,10 +261,8 @@ impl<'a> Worker<'a> {
     /// Verifies the next page of the sweep, and with the first page of each block the ledger's block.
     fn sweep_next(&mut self) {
         let index = self.swept;
-        if index.is_multiple_of(BLOCK)
-            && let Err(mismatch) = self.ledger.check_block(index / BLOCK)
-        {
-            self.corrupt_ledger(index, mismatch);
+        if index.is_multiple_of(BLOCK) {
+            self.verify_block(index / BLOCK);
         }
         if !self.verify(index) {
             // Written anew, so that one damage is counted once.
@@ -274,7 +273,7 @@ impl<'a> Worker<'a> {
             self.swept = 0;
             self.counts.sweeps += 1;
             if let Err(mismatch) = self.ledger.check_sums() {
-                self.corrupt_ledger(index, mismatch);
+                self.corrupt_ledger("all pages", mismatch);
             }
         }
     }
@@ -321,8 +320,18 @@ impl<'a> Worker<'a> {
         right
     }
 
+    /// Verifies one block of the ledger.
+    fn verify_block(&mut self, block: usize) {
+        if let Err(mismatch) = self.ledger.check_block(block) {
+            let first = self.pages.number(block * BLOCK);
+            self.corrupt_ledger(format_args!("pages from {first}"), mismatch);
+        }
+    }
+
     #[cold]
     fn corrupt_page(&mut self, index: usize, identity: Identity, fill: Fill) {
+        // If it is the ledger that is wrong, that is to be said first.
+        self.verify_block(index / BLOCK);
         self.counts.corrupt += 1;
         if REPORTS.fetch_add(1, Ordering::Relaxed) < MOST_REPORTS {
             let damage = self.pages.get(index).damage(identity, fill);
@@ -336,13 +345,12 @@ impl<'a> Worker<'a> {
     }
 
     #[cold]
-    fn corrupt_ledger(&mut self, index: usize, Mismatch { expected, found }: Mismatch) {
+    fn corrupt_ledger(&mut self, of: impl Display, Mismatch { expected, found }: Mismatch) {
         self.counts.corrupt += 1;
         if REPORTS.fetch_add(1, Ordering::Relaxed) < MOST_REPORTS {
             self.queue.push(format_args!(
-                "CORRUPT vcpu={} ledger up to page={} expected sum={expected} found sum={found}",
-                self.vcpu,
-                self.pages.number(index)
+                "CORRUPT vcpu={} ledger of {of}: expected sum={expected} found sum={found}",
+                self.vcpu
             ));
         }
     }
