@@ -157,6 +157,14 @@ impl RamBlock {
         }
     }
 
+    /// Gives the memory of a range back to the kernel. The range holds only zeros, and still does afterwards.
+    pub(crate) fn release(&self, range: PageRange) {
+        let memory = self.iovec(range);
+        // SAFETY: the range lies in the mapping. Private memory reads as zeros afterwards, which is what it
+        // holds; shared memory keeps its content. Failing costs memory only.
+        unsafe { libc::madvise(memory.iov_base, memory.iov_len, libc::MADV_DONTNEED) };
+    }
+
     fn page_ptr(&self, page: PageIndex) -> *mut u8 {
         assert!(page.0 < self.pages, "{page} is outside {self:?}");
         // SAFETY: the page lies inside the mapping.

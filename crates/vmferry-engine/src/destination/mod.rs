@@ -14,6 +14,7 @@ use crate::seam::Guest;
 use crate::status::Status;
 use crate::transport::{Listener, TransportError, Uri};
 
+use populate::Populator;
 use receiver::Receiver;
 
 /// How long a connected source may be silent on the network (not: on the stream) before the kernel gives
@@ -163,7 +164,15 @@ fn serve(guest: &dyn Guest, listener: Listener, shared: &Shared) -> Result<(), M
 }
 
 fn receive(guest: &dyn Guest, listener: &Listener, shared: &Shared) -> Result<(), MigrationError> {
-    let channel = listener.accept(KEEPALIVE, &shared.cancel)?;
-    shared.enter(Status::Active);
-    Receiver::new(guest, &channel, shared)?.run()
+    let population = populate::Shared::new(guest.ram());
+    std::thread::scope(|scope| {
+        let populator = Populator::start(scope, &population).map_err(|source| TransportError {
+            action: "prepare memory for",
+            uri: listener.uri().clone(),
+            source,
+        })?;
+        let channel = listener.accept(KEEPALIVE, &shared.cancel)?;
+        shared.enter(Status::Active);
+        Receiver::new(guest, &channel, shared, populator)?.run()
+    })
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use vmferry_dirty::{PAGE_SIZE, PageIndex};
+use vmferry_dirty::{PAGE_SIZE, PageIndex, PageRange};
 use vmferry_wire::{
     Command, Decoder, DeviceState, Event, RamLayout, ReturnPathMessage, StreamError,
 };
@@ -29,6 +29,7 @@ pub(super) struct Receiver<'a> {
     shared: &'a Shared,
     stream: Decoder<&'a Channel>,
     memory: Memory<'a>,
+    populator: Populator<'a>,
     /// The source reads a return path: nothing runs before it says so.
     two_way: bool,
     /// When the source's guest was paused, as far as can be seen from here.
@@ -44,6 +45,7 @@ impl<'a> Receiver<'a> {
         guest: &'a dyn Guest,
         channel: &'a Channel,
         shared: &'a Shared,
+        populator: Populator<'a>,
     ) -> Result<Self, MigrationError> {
         let ram = guest.ram();
         let layout = RamLayout::new(ram.iter().map(|b| (b.name(), b.len() as u64)))?;
@@ -54,6 +56,7 @@ impl<'a> Receiver<'a> {
             shared,
             stream: Decoder::new(channel, layout),
             memory: Memory::new(ram),
+            populator,
             two_way: false,
             paused_since: None,
             described: false,
@@ -64,16 +67,8 @@ impl<'a> Receiver<'a> {
 
     /// Receives the guest and starts it, or says why not.
     pub(super) fn run(mut self) -> Result<(), MigrationError> {
-        let ram = self.guest.ram();
-        let result = std::thread::scope(|scope| {
-            let (mut populator, _thread) =
-                Populator::start(scope, ram).map_err(|source| MigrationError::Connection {
-                    peer: "source",
-                    source,
-                })?;
-            self.receive(&mut populator)
-        });
-        let result = result.and_then(|()| self.take_over());
+        self.populator.stream_begins();
+        let result = self.receive().and_then(|()| self.take_over());
         if self.two_way {
             self.say_goodbye(&result);
         }
@@ -97,7 +92,7 @@ impl<'a> Receiver<'a> {
     }
 
     /// Reads the stream up to the point where the guest is complete here.
-    fn receive(&mut self, populator: &mut Populator) -> Result<(), MigrationError> {
+    fn receive(&mut self) -> Result<(), MigrationError> {
         let mut pages = 0;
         loop {
             // Pages first: they are nearly everything.
@@ -108,13 +103,16 @@ impl<'a> Receiver<'a> {
                     data,
                 } => {
                     let page = PageIndex(offset as usize / PAGE_SIZE);
-                    populator.data_arrives(block, page);
+                    self.populator.data_arrives(block, page);
                     self.memory.page(block, page, data);
                     pages += 1;
                 }
                 Event::ZeroPage { block, offset } => {
-                    self.memory
-                        .zero_page(block, PageIndex(offset as usize / PAGE_SIZE));
+                    let page = PageIndex(offset as usize / PAGE_SIZE);
+                    let memory = &mut self.memory;
+                    memory.zero_page(block, page);
+                    self.populator
+                        .zeros_arrive(block, page, |block, range| memory.has_data(block, range));
                     pages += 1;
                 }
                 Event::RamPartEnd { .. } => {
@@ -139,6 +137,7 @@ impl<'a> Receiver<'a> {
             Command::Ping(number) => self.answer(&ReturnPathMessage::Pong(number))?,
             Command::SwitchoverStart => {
                 self.paused_since = Some(Instant::now());
+                self.populator.stop();
                 self.shared.enter(Status::Device);
             }
             // The decoder lets it pass only where `take_over` waits for it.
@@ -264,5 +263,11 @@ impl<'a> Memory<'a> {
             self.ram[block].write_zeros(page);
         }
         self.zero += 1;
+    }
+
+    /// Whether a page of `range`, which begins and ends with a word of the bitmap, was given content.
+    fn has_data(&self, block: usize, range: PageRange) -> bool {
+        let words = range.start.0 / 64..range.end.0.div_ceil(64);
+        self.written[block][words].iter().any(|&word| word != 0)
     }
 }

@@ -36,6 +36,8 @@ pub(super) struct Driver<'a> {
     pub(super) limiter: RateLimiter,
     pub(super) meter: BandwidthMeter,
     pub(super) hold: Hold,
+    /// Number of the last PING.
+    pub(super) pings: u32,
 }
 
 impl<'a> Driver<'a> {
@@ -78,6 +80,7 @@ impl<'a> Driver<'a> {
             limiter: RateLimiter::new(Instant::now()),
             meter: BandwidthMeter::default(),
             hold: Hold::None,
+            pings: 0,
         };
         let result = driver.migrate();
         let hold = driver.hold;

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use vmferry_dirty::{Cursor, DirtyTracker, PAGE_SIZE, PageIndex, Run};
+use vmferry_wire::Command;
 
 use super::driver::{Driver, Hold};
 use super::pace::Allowance;
@@ -56,6 +57,7 @@ impl Driver<'_> {
         loop {
             let before = tracker.set().dirty_pages();
             self.pass(tracker, Pace::Limited)?;
+            self.wait_until_received()?;
             self.sync(tracker)?;
             let dirty = tracker.set().dirty_pages();
             let elapsed = std::mem::replace(&mut last_sync, Instant::now()).elapsed();
@@ -75,6 +77,22 @@ impl Driver<'_> {
                 }
             }
         }
+    }
+
+    /// Waits until the destination has taken in all that was sent. What sits in the sockets' buffers when
+    /// the guest is paused would be downtime; and only now is it known how fast the whole way is.
+    fn wait_until_received(&mut self) -> Result<(), MigrationError> {
+        let Some(return_path) = &self.return_path else {
+            return Ok(());
+        };
+        let start = Instant::now();
+        self.pings = self.pings.wrapping_add(1);
+        self.writer.command(Command::Ping(self.pings));
+        let timeout = self.shared.parameters().peer_timeout;
+        self.writer.flush(self.channel, None, timeout)?;
+        return_path.wait_for_pong(self.pings, timeout)?;
+        self.meter.wrote(0, start.elapsed());
+        Ok(())
     }
 
     /// Fetches the dirty log into the bitmap.

@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmferry_wire::{ReturnPathError, ReturnPathMessage};
 
@@ -63,21 +63,46 @@ impl ReturnPath {
         }
     }
 
-    /// Waits for the next message, for at most `timeout`. `what` completes "the destination has ...".
+    /// Waits for the next message. Fails when for `timeout` neither the message nor any of what was sent
+    /// before has come through. `what` completes "the destination has ...".
     pub(super) fn wait(
         &self,
         timeout: Duration,
         what: &'static str,
     ) -> Result<ReturnPathMessage, MigrationError> {
-        match self.words.recv_timeout(timeout) {
-            Ok(Ok(ReturnPathMessage::Error(why))) => Err(MigrationError::Refused(why)),
-            Ok(Ok(message)) => Ok(message),
-            Ok(Err(e)) => Err(e.into()),
-            Err(RecvTimeoutError::Timeout) => Err(MigrationError::PeerTimeout {
-                what,
-                waited: timeout,
-            }),
-            Err(RecvTimeoutError::Disconnected) => Err(ReturnPathError::Closed.into()),
+        /// How often to look whether something moves.
+        const LOOK: Duration = Duration::from_millis(100);
+        let mut unsent = self.channel.unsent();
+        let mut still_since = Instant::now();
+        loop {
+            match self.words.recv_timeout(LOOK.min(timeout)) {
+                Ok(Ok(ReturnPathMessage::Error(why))) => return Err(MigrationError::Refused(why)),
+                Ok(Ok(message)) => return Ok(message),
+                Ok(Err(e)) => return Err(e.into()),
+                Err(RecvTimeoutError::Disconnected) => return Err(ReturnPathError::Closed.into()),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let now_unsent = self.channel.unsent();
+            if now_unsent != std::mem::replace(&mut unsent, now_unsent) {
+                still_since = Instant::now();
+            } else if still_since.elapsed() >= timeout {
+                return Err(MigrationError::PeerTimeout {
+                    what,
+                    waited: timeout,
+                });
+            }
+        }
+    }
+
+    /// Waits for the answer to PING `number`.
+    pub(super) fn wait_for_pong(
+        &self,
+        number: u32,
+        timeout: Duration,
+    ) -> Result<(), MigrationError> {
+        match self.wait(timeout, "not answered")? {
+            ReturnPathMessage::Pong(n) if n == number => Ok(()),
+            other => Err(self.refusal(Ok(other))),
         }
     }
 

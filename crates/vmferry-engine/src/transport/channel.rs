@@ -37,9 +37,10 @@ pub enum Waited {
     TimedOut,
 }
 
-/// The error of everything that a cancelled token ends.
+/// The error of everything that a cancelled token ends. Not [`io::ErrorKind::Interrupted`]: that one makes
+/// readers try again.
 pub fn cancelled() -> io::Error {
-    io::Error::new(io::ErrorKind::Interrupted, "cancelled")
+    io::Error::other("cancelled")
 }
 
 impl Channel {
@@ -134,6 +135,17 @@ impl Channel {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
+        }
+    }
+
+    /// Bytes that were written to a socket but have not reached the peer's host; 0 for anything else.
+    pub fn unsent(&self) -> usize {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: SIOCOUTQ (the same number as TIOCOUTQ) writes one int, and fails on what is no socket.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
+        match result {
+            0 => usize::try_from(bytes).unwrap_or(0),
+            _ => 0,
         }
     }
 
