@@ -199,10 +199,8 @@ mod tests {
             iov_len: bytes.len(),
         };
         // SAFETY: the piece is a live slice.
-        assert_eq!(
-            unsafe { channel.write_pieces(&[piece]) }.unwrap(),
-            bytes.len()
-        );
+        let written = unsafe { channel.write_pieces(&[piece]) };
+        assert_eq!(written.unwrap(), bytes.len());
     }
 
     #[test]
