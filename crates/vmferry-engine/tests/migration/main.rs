@@ -5,4 +5,7 @@ mod common;
 #[expect(dead_code, reason = "`main` is the example's")]
 mod toy;
 
+mod cancel;
 mod one_runner;
+mod peer_timeout;
+mod steering;

@@ -1,5 +1,6 @@
 //! What the tests share.
 
+mod deaf;
 mod proxy;
 mod random;
 mod recorder;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use vmferry_dirty::Discipline;
 use vmferry_engine::{Destination, MigrationError, Parameters, Source, Uri};
 
+pub use deaf::{deaf_tcp, deaf_unix};
 pub use proxy::{Effect, Fault, Proxy, Way, When};
 pub use random::Random;
 pub use recorder::Recorder;
