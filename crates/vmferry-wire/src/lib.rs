@@ -56,20 +56,22 @@
 //! ```
 //!
 //! Up to its commit the source may resume the guest at any failure; the destination may give up at any time
-//! up to its `HandoverLoaded`, with [`ReturnPathMessage::Error`] and then `Shut(1)`. In states:
+//! up to its `HandoverLoaded`, with [`ReturnPathMessage::Error`] and then `Shut(1)`. From there on a lost
+//! channel leaves the one who lost it unable to know whether the other runs the guest. It keeps the guest,
+//! paused, and its user decides: nothing is lost, and nothing runs twice. In states:
 //!
 //! ```text
 //!  source:       Sending --VMDESCRIPTION--> Waiting --HandoverLoaded--> Committed --Shut(0)--> Gone
 //!                   |                         |                            |
 //!                   | any failure             | any failure, Shut(not 0)   | Shut(not 0), lost channel
 //!                   v                         v                            v
-//!                Resumed                   Resumed                      Unknown: paused, its user decides
+//!                Resumed                   Resumed                      Undecided: paused
 //!
 //!  destination:  Loading --HandoverLoaded--> Loaded --HandoverRun--> Running
 //!                   |                          |
-//!                   | any failure              | any failure, EOF without HandoverRun
+//!                   | any failure              | lost channel, EOF without HandoverRun
 //!                   v                          v
-//!                Given up                   Given up: never runs the guest
+//!                Given up                   Undecided: paused
 //! ```
 //!
 //! The decoder holds a two-way stream to it: an EOF without `HandoverRun` is an error there, as is a

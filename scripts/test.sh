@@ -1,0 +1,54 @@
+#!/bin/bash
+# Sets up what the tests need beyond a Rust toolchain, and runs all of them.
+#
+#   scripts/test.sh             everything
+#   scripts/test.sh --no-setup  without installing anything: tests whose peer is missing say so and are skipped
+#
+# The set-up installs QEMU from Debian's packages (bookworm: 10.x from backports) if it is missing, and makes a
+# Python environment for the qemu.qmp package below target/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+skip() { echo "SKIPPED: $*" >&2; }
+step() { printf '\n== %s\n' "$*"; }
+
+install_qemu() {
+    command -v qemu-system-x86_64 >/dev/null && return
+    command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] || {
+        skip "no qemu-system-x86_64, and no apt-get as root to install it"
+        return
+    }
+    . /etc/os-release
+    local release=()
+    if [ "${VERSION_CODENAME:-}" = bookworm ]; then
+        # The same mirror, with the suite that has the newer QEMU.
+        sed -n '1,/^$/p' /etc/apt/sources.list.d/debian.sources \
+            | sed 's/^Suites:.*/Suites: bookworm-backports/' \
+            > /etc/apt/sources.list.d/vmferry-backports.sources
+        release=(-t bookworm-backports)
+    fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        "${release[@]}" qemu-system-x86 >/dev/null || skip "installing QEMU failed"
+}
+
+if [ "${1:-}" != --no-setup ]; then
+    step "Set-up"
+    install_qemu
+    crates/vmferry-control/tests/setup-qemu-qmp.sh || skip "no Python environment with qemu.qmp"
+fi
+[ -w /dev/kvm ] || skip "/dev/kvm is missing or not writable: no guest will run"
+
+step "Format, lints, documentation"
+cargo fmt --all --check
+cargo clippy --workspace --all-targets --release -- -D warnings
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --release
+
+step "Tests"
+cargo test --workspace --release
+
+step "Concurrency models"
+RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom \
+    cargo test -p vmferry-dirty --release --test loom
+
+step "All tests have passed"
