@@ -6,6 +6,8 @@ mod precopy;
 mod return_path;
 mod shared;
 mod switchover;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::sync::Arc;

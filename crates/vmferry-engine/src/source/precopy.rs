@@ -127,7 +127,7 @@ impl Driver<'_> {
     }
 
     /// A slice of work: sends dirty pages from the cursor on, until one of the reasons of [`SliceEnd`].
-    fn slice(
+    pub(super) fn slice(
         &mut self,
         tracker: &DirtyTracker<'_>,
         cursor: &mut Cursor,

@@ -84,6 +84,8 @@ impl Listener {
                     _running: running,
                 }
             }
+            // Opening a directory succeeds; only reading it does not.
+            Uri::File(path) if path.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
             Uri::File(path) => Kind::Open(File::open(path)?.into()),
         };
         Ok(Listener { uri: bound, kind })

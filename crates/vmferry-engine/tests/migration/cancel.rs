@@ -7,8 +7,8 @@ use vmferry_dirty::Discipline;
 use vmferry_engine::{MigrationError, Parameters, Source, Status, SteerError, Uri};
 
 use crate::common::{
-    Effect, Fault, Proxy, Random, Recorder, Watched, Way, When, any_port, deaf_tcp, deaf_unix,
-    listen, move_on, parameters, running_guest, send, wait_until,
+    Effect, Fault, HANDOVER_LOADED_LEN, Proxy, Random, Recorder, Watched, Way, any_port, deaf_tcp,
+    deaf_unix, from_handover_loaded, listen, move_on, parameters, running_guest, send, wait_until,
 };
 
 /// Time enough to come to a cancelled end, on a busy machine.
@@ -99,7 +99,7 @@ fn while_the_devices_are_on_their_way() {
     let there = Watched::new(here.runners());
     let incoming = listen(&there, &any_port());
     let loaded_is_lost = Fault {
-        when: When::Bytes(Way::Back, 0),
+        when: from_handover_loaded(0),
         effect: Effect::Silence(Way::Back),
     };
     let proxy = Proxy::start(incoming.uri(), loaded_is_lost);
@@ -118,7 +118,7 @@ fn too_late() {
     let there = Watched::new(here.runners());
     let incoming = listen(&there, &any_port());
     let shut_is_lost = Fault {
-        when: When::Bytes(Way::Back, 4),
+        when: from_handover_loaded(HANDOVER_LOADED_LEN),
         effect: Effect::Silence(Way::Back),
     };
     let proxy = Proxy::start(incoming.uri(), shut_is_lost);

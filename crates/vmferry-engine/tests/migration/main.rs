@@ -5,7 +5,12 @@ mod common;
 #[expect(dead_code, reason = "`main` is the example's")]
 mod toy;
 
+mod back_and_forth;
 mod cancel;
+mod convergence;
+mod files;
+mod hostile;
+mod misfits;
 mod one_runner;
 mod peer_timeout;
 mod steering;

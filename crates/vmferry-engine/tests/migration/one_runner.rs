@@ -6,15 +6,11 @@ use std::sync::Arc;
 use vmferry_engine::MigrationError;
 
 use crate::common::{
-    Effect, Fault, Outcome, Proxy, Random, Watched, Way, When, any_port, listen, move_on,
-    parameters, running_guest, send,
+    Effect, Fault, HANDOVER_LOADED_LEN, Outcome, Proxy, Random, SHUT_LEN, Watched, Way, When,
+    any_port, from_handover_loaded, listen, move_on, parameters, running_guest, send,
 };
 use crate::toy::PAGES;
 
-/// Length of `HandoverLoaded`, the first message of the return path.
-const HANDOVER_LOADED: u64 = 4;
-/// Length of `Shut`, the second.
-const SHUT: u64 = 8;
 /// No stream of a running guest is shorter: all of memory is sent in the first pass.
 const ALL_OF_RAM: u64 = PAGES as u64 * 4096;
 
@@ -62,10 +58,15 @@ fn cut_or_silent_before_the_hand_over() {
         .into_iter()
         .map(|at| When::Bytes(Way::Forward, at))
         .collect();
-    moments.push(When::Text("vmferry/toy-cpu"));
-    moments.push(When::Text("vmferry/run-state"));
+    for section in ["vmferry/toy-cpu", "vmferry/run-state"] {
+        let all_of_it = section.len() as u64;
+        moments.push(When::From(Way::Forward, section.as_bytes(), all_of_it));
+    }
+    // The return path is used before the hand-over as well.
+    moments.extend([0, 3, 8].map(|at| When::Bytes(Way::Back, at)));
     for when in moments {
-        for effect in [Effect::Cut, Effect::Silence(Way::Forward)] {
+        let (When::Bytes(way, _) | When::From(way, ..)) = when;
+        for effect in [Effect::Cut, Effect::Silence(way)] {
             println!("{when:?}: {effect:?}");
             let here = running_guest();
             let (there, outcome) = migrate(&here, when, effect);
@@ -77,16 +78,12 @@ fn cut_or_silent_before_the_hand_over() {
 
 #[test]
 fn loaded_is_lost() {
-    let moments = [0, 1, HANDOVER_LOADED - 1];
+    let moments = [0, 1, HANDOVER_LOADED_LEN - 1];
     for effect in [Effect::Cut, Effect::Silence(Way::Back)] {
         for at in moments {
-            // A line that is cut before the first byte never got as far as this.
-            if let (0, Effect::Cut) = (at, effect) {
-                continue;
-            }
             println!("after {at} bytes: {effect:?}");
             let here = running_guest();
-            let (there, outcome) = migrate(&here, When::Bytes(Way::Back, at), effect);
+            let (there, outcome) = migrate(&here, from_handover_loaded(at), effect);
             // The destination cannot know that its word was lost, so it keeps the guest for its user.
             assert!(is_undecided(&outcome.destination), "{outcome:?}");
             there.verify();
@@ -97,7 +94,7 @@ fn loaded_is_lost() {
 
 #[test]
 fn run_is_lost() {
-    let when = When::Bytes(Way::Back, HANDOVER_LOADED);
+    let when = from_handover_loaded(HANDOVER_LOADED_LEN);
     for effect in [Effect::Cut, Effect::Silence(Way::Forward)] {
         for chosen in ["here", "there"] {
             let here = running_guest();
@@ -118,14 +115,14 @@ fn run_is_lost() {
 #[test]
 fn shut_is_lost() {
     let moments = [
-        (HANDOVER_LOADED, Effect::Silence(Way::Back)),
-        (HANDOVER_LOADED + 1, Effect::Silence(Way::Back)),
-        (HANDOVER_LOADED + 1, Effect::Cut),
-        (HANDOVER_LOADED + SHUT - 1, Effect::Cut),
+        (HANDOVER_LOADED_LEN, Effect::Silence(Way::Back)),
+        (HANDOVER_LOADED_LEN + 1, Effect::Silence(Way::Back)),
+        (HANDOVER_LOADED_LEN + 1, Effect::Cut),
+        (HANDOVER_LOADED_LEN + SHUT_LEN - 1, Effect::Cut),
     ];
     for (at, effect) in moments {
         let here = running_guest();
-        let (there, outcome) = migrate(&here, When::Bytes(Way::Back, at), effect);
+        let (there, outcome) = migrate(&here, from_handover_loaded(at), effect);
         assert!(is_undecided(&outcome.source), "{outcome:?}");
         assert!(outcome.destination.is_ok(), "{outcome:?}");
         here.verify();
@@ -138,7 +135,7 @@ fn shut_is_lost() {
 #[test]
 fn nothing_is_lost_that_matters() {
     // The last byte has arrived when the line fails.
-    let when = When::Bytes(Way::Back, HANDOVER_LOADED + SHUT);
+    let when = from_handover_loaded(HANDOVER_LOADED_LEN + SHUT_LEN);
     for effect in [Effect::Cut, Effect::Silence(Way::Back)] {
         let here = running_guest();
         let (there, outcome) = migrate(&here, when, effect);

@@ -26,6 +26,16 @@ pub const PEER_TIMEOUT: Duration = Duration::from_millis(500);
 /// Nothing in these tests takes longer.
 const LONGEST: Duration = Duration::from_secs(30);
 
+/// Length of `HandoverLoaded` on the return path; `Shut` follows it.
+pub const HANDOVER_LOADED_LEN: u64 = 4;
+/// Length of `Shut`.
+pub const SHUT_LEN: u64 = 8;
+
+/// So many bytes of the return path after its `HandoverLoaded` begins.
+pub fn from_handover_loaded(bytes: u64) -> When {
+    When::From(Way::Back, b"\x76\x01\0\0", bytes)
+}
+
 /// How the two ends of a migration ended.
 #[derive(Debug)]
 pub struct Outcome {

@@ -21,8 +21,8 @@ pub enum Way {
 pub enum When {
     /// So many bytes have come through.
     Bytes(Way, u64),
-    /// The stream has just come to the end of this text.
-    Text(&'static str),
+    /// So many bytes have come through, counted from the beginning of the first occurrence of these.
+    From(Way, &'static [u8], u64),
 }
 
 /// What happens then. Whatever else is under way stays where it is: not a byte more gets through, either
@@ -139,9 +139,15 @@ fn pump(way: Way, mut from: &TcpStream, mut to: &TcpStream, line: &Mutex<Line>) 
         if line.cut {
             return;
         }
+        if let Some(fault) = &mut line.fault
+            && let When::From(w, text, count) = fault.when
+            && w == way
+            && let Some(start) = find(text, &mut tail, &buffer[..n], passed)
+        {
+            fault.when = When::Bytes(way, start + count);
+        }
         let fault_at = match line.fault.map(|fault| fault.when) {
             Some(When::Bytes(w, at)) if w == way => Some(at.saturating_sub(passed) as usize),
-            Some(When::Text(text)) if way == Way::Forward => end_of(text, &mut tail, &buffer[..n]),
             _ => None,
         };
         let before = fault_at.filter(|&at| at <= n).unwrap_or(n);
@@ -158,15 +164,12 @@ fn pump(way: Way, mut from: &TcpStream, mut to: &TcpStream, line: &Mutex<Line>) 
     }
 }
 
-/// Where in `new` a text ends whose beginning may be in what came before (`tail`).
-fn end_of(text: &str, tail: &mut Vec<u8>, new: &[u8]) -> Option<usize> {
-    let before = tail.len();
+/// Where `text` begins, if it ends in `new`; `passed` bytes came before, the last of them are `tail`.
+fn find(text: &[u8], tail: &mut Vec<u8>, new: &[u8], passed: u64) -> Option<u64> {
+    let first = passed - tail.len() as u64;
     tail.extend_from_slice(new);
-    let found = tail
-        .windows(text.len())
-        .position(|bytes| bytes == text.as_bytes());
-    let end = found.map(|start| start + text.len() - before);
+    let found = tail.windows(text.len()).position(|bytes| bytes == text);
     let keep = tail.len().min(text.len() - 1);
     tail.drain(..tail.len() - keep);
-    end
+    Some(first + found? as u64)
 }
