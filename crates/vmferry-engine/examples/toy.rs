@@ -46,16 +46,20 @@ impl Cpu {
                     .wait_timeout(running, Duration::from_millis(10));
                 continue;
             }
-            // Held while a step is taken, so that a pause falls between two steps.
-            let mut step = self.next_step.lock().unwrap();
-            let page = (*step as usize % PAGES) * PAGE_SIZE;
-            // Writing through vm_memory marks the page in the VmmWriteLog.
-            self.region
-                .as_volatile_slice()
-                .write_obj(*step, page)
-                .unwrap();
-            *step += 1;
+            // `running` is held while a step is taken, so that a pause falls between two steps.
+            self.step();
         }
+    }
+
+    fn step(&self) {
+        let mut step = self.next_step.lock().unwrap();
+        let page = (*step as usize % PAGES) * PAGE_SIZE;
+        // Writing through vm_memory marks the page in the VmmWriteLog.
+        self.region
+            .as_volatile_slice()
+            .write_obj(*step, page)
+            .unwrap();
+        *step += 1;
     }
 
     fn set_running(&self, activity: Activity) -> Activity {
@@ -214,6 +218,8 @@ impl Guest for Toy {
     }
 
     fn save_devices(&self) -> Result<Vec<DeviceState>, GuestError> {
+        // Saving may write to guest memory, as KVM's does: here it takes a step.
+        self.cpu.step();
         let step = self.steps().to_be_bytes().to_vec();
         Ok(vec![section("vmferry/toy-cpu", step)])
     }
