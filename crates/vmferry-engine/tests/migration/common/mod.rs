@@ -1,5 +1,6 @@
 //! What the tests share.
 
+mod arming_log;
 mod deaf;
 mod proxy;
 mod random;

@@ -8,6 +8,7 @@ use vmferry_dirty::DirtyLog;
 use vmferry_engine::RamBlock;
 use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError};
 
+use super::arming_log::ArmingLog;
 use crate::toy::{PAGES, Toy};
 
 /// How many copies of a guest run. Law 7 says at most one.
@@ -27,13 +28,16 @@ impl Runners {
 /// One copy of a guest.
 pub struct Watched {
     toy: Arc<Toy>,
+    log: ArmingLog,
     runners: Arc<Runners>,
 }
 
 impl Watched {
     pub fn new(runners: &Arc<Runners>) -> Arc<Self> {
+        let toy = Toy::new();
         Arc::new(Watched {
-            toy: Toy::new(),
+            log: ArmingLog::new(&toy),
+            toy,
             runners: runners.clone(),
         })
     }
@@ -96,7 +100,7 @@ impl Guest for Watched {
     }
 
     fn dirty_log(&self) -> &dyn DirtyLog {
-        self.toy.dirty_log()
+        &self.log
     }
 
     fn describe(&self) -> Result<DeviceState, GuestError> {
