@@ -4,13 +4,17 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 
 use crate::case::{Case, MEMORY_MIB};
 
 /// How to come by QEMU.
 const GET_QEMU: &str = "install QEMU 10: on Debian 13 `apt install qemu-system-x86`, on Debian 12 \
                         `apt install -t bookworm-backports qemu-system-x86`";
+
+/// How to come by vmferry.
+const GET_VMFERRY: &str =
+    "build it with `cargo build --release -p vmferry`, or give --vmferry PATH";
 
 /// Which VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -57,7 +61,7 @@ impl Peer {
     /// It is not there, or too old.
     pub fn qemu() -> anyhow::Result<Self> {
         let program = PathBuf::from("qemu-system-x86_64");
-        let version = version(&program).context(GET_QEMU)?;
+        let version = version(&program, GET_QEMU)?;
         // "QEMU emulator version 10.0.2 (...)"
         let number = version.split_whitespace().nth(3).unwrap_or_default();
         let major = number
@@ -66,7 +70,7 @@ impl Peer {
             .and_then(|major| major.parse().ok());
         ensure!(
             major.is_some_and(|major: u32| major >= 10),
-            "{version} is too old to be compared with: {GET_QEMU}"
+            "this is {version}, which is too old to be compared with: {GET_QEMU}"
         );
         Ok(Peer {
             kind: Kind::Qemu,
@@ -90,8 +94,7 @@ impl Peer {
                 .context("cannot find this program")?
                 .with_file_name("vmferry"),
         };
-        let version = version(&program)
-            .context("build it with `cargo build --release -p vmferry`, or give --vmferry PATH")?;
+        let version = version(&program, GET_VMFERRY)?;
         Ok(Peer {
             kind: Kind::Vmferry,
             version,
@@ -145,16 +148,16 @@ impl Peer {
     }
 }
 
-/// The first line that `program --version` prints.
-fn version(program: &Path) -> anyhow::Result<String> {
+/// The first line that `program --version` prints. `get` says how to come by the program.
+fn version(program: &Path, get: &str) -> anyhow::Result<String> {
     let shown = program.display();
     let output = Command::new(program)
         .arg("--version")
         .stdin(Stdio::null())
         .output()
         .map_err(|error| match error.kind() {
-            ErrorKind::NotFound => anyhow::anyhow!("there is no {shown}"),
-            _ => anyhow::anyhow!("cannot run {shown}: {error}"),
+            ErrorKind::NotFound => anyhow!("there is no {shown}: {get}"),
+            _ => anyhow!("cannot run {shown}: {error}"),
         })?;
     let text = String::from_utf8_lossy(&output.stdout);
     let line = text.lines().next().unwrap_or_default();

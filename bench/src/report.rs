@@ -41,7 +41,9 @@ const METRICS: &[Metric] = &[
 pub struct Series {
     /// The VMM.
     pub peer: Peer,
-    /// Its runs, in order.
+    /// The first run, in which the guest verified all its memory after the move. Its times do not count.
+    pub warm_up: Option<Run>,
+    /// The runs that count, in order.
     pub runs: Vec<Run>,
 }
 
@@ -55,13 +57,18 @@ impl Series {
         Median::of(self.runs.iter().map(metric.of))
     }
 
-    /// Pages found corrupt, in all runs.
+    /// Pages found corrupt, in any run.
     pub fn corrupt(&self) -> u64 {
-        self.runs.iter().map(|run| run.corrupt).sum()
+        self.all().map(|run| run.corrupt).sum()
     }
 
+    /// Pages verified after a move, in all runs.
     fn verified(&self) -> u64 {
-        self.runs.iter().map(|run| run.verified).sum()
+        self.all().map(|run| run.verified).sum()
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Run> {
+        self.warm_up.iter().chain(&self.runs)
     }
 }
 
@@ -98,6 +105,7 @@ impl CaseReport {
         json!({
             "case": self.case,
             "medians": METRICS.iter().map(metric).collect::<Map<_, _>>(),
+            "warm-up": each(&|series| json!(series.warm_up)),
             "runs": each(&|series| json!(series.runs)),
         })
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 use clap::Parser;
@@ -17,7 +18,7 @@ use vmferry_bench::report::{CaseReport, Series};
 #[derive(Debug, Parser)]
 #[command(max_term_width = 100)]
 struct Options {
-    /// Migrations of each case with each VMM
+    /// Migrations of each case with each VMM that are counted; one more comes first
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
     /// Run this case only (idle, busy or zero); can be given more than once
@@ -34,9 +35,18 @@ struct Options {
     json: bool,
 }
 
-fn main() -> anyhow::Result<()> {
-    let options = Options::parse();
-    let peers = peers(&options)?;
+fn main() -> ExitCode {
+    match compare(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("peers: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compare(options: &Options) -> anyhow::Result<()> {
+    let peers = peers(options)?;
     let host = Host::this();
     let say = |text: String| {
         if !options.json {
@@ -62,27 +72,32 @@ fn main() -> anyhow::Result<()> {
     for case in cases {
         let series = peers.iter().map(|peer| Series {
             peer: peer.clone(),
+            warm_up: None,
             runs: Vec::new(),
         });
         let mut report = CaseReport {
             case: *case,
             series: series.collect(),
         };
-        for number in 1..=options.runs {
-            // Once is enough to see that nothing gets lost, and a sweep takes a while.
-            let watch = match number {
-                1 => Watch::FullSweep,
+        // The first round is not counted: in it, the host may have to find memory that it gives to all
+        // later ones at once. It shows that nothing gets lost, which takes a while and once is enough.
+        for round in 0..=options.runs {
+            let watch = match round {
+                0 => Watch::FullSweep,
                 _ => Watch::Shortly,
             };
             for series in &mut report.series {
                 let (peer, name) = (&series.peer, series.peer.name());
                 let run = race::run(peer, case, &image, watch, &interrupt)
-                    .with_context(|| format!("{name}, case {}, run {number}", case.name))?;
+                    .with_context(|| format!("{name}, case {}, round {round}", case.name))?;
                 say(format!(
-                    "{} {number}/{} {name}: total {:.0} ms, felt {:.1} ms",
-                    case.name, options.runs, run.total_ms, run.felt_ms
+                    "{} {round}/{} {name}: total {:.0} ms, felt {:.1} ms, {} pages verified",
+                    case.name, options.runs, run.total_ms, run.felt_ms, run.verified
                 ));
-                series.runs.push(run);
+                match watch {
+                    Watch::FullSweep => series.warm_up = Some(run),
+                    Watch::Shortly => series.runs.push(run),
+                }
             }
         }
         if !options.json {
