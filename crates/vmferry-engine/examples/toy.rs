@@ -19,6 +19,9 @@ use vmferry_engine::{Destination, Info, Observer, Parameters, RamBlock, Source, 
 /// The guest's memory.
 pub const PAGES: usize = 2048;
 
+/// The guest takes a rest after so many steps.
+const BURST: usize = 64;
+
 /// A guest of 8 MiB.
 pub struct Toy {
     ram: Vec<RamBlock>,
@@ -46,8 +49,13 @@ impl Cpu {
                     .wait_timeout(running, Duration::from_millis(10));
                 continue;
             }
-            // `running` is held while a step is taken, so that a pause falls between two steps.
-            self.step();
+            // `running` is held while steps are taken, so that a pause falls between two of them.
+            for _ in 0..BURST {
+                self.step();
+            }
+            drop(running);
+            // Time for some pages to be sent before they are written again.
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 

@@ -124,7 +124,6 @@ fn a_user_who_wants_to_say_go_is_waited_for() {
     outgoing.proceed().unwrap();
     outgoing.wait().unwrap();
     incoming.wait().unwrap();
-    there.run_some();
     there.stop_and_verify();
 }
 

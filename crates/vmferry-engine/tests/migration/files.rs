@@ -24,6 +24,7 @@ fn file(path: &Path) -> Uri {
 fn load(here: &Arc<Watched>, from: &Uri) -> Arc<Watched> {
     let there = Watched::new(here.runners());
     listen(&there, from).wait().unwrap();
+    there.verify_arrival();
     there
 }
 
@@ -103,6 +104,7 @@ fn inherited_descriptors() {
         .unwrap();
     incoming.wait().unwrap();
     here.verify();
+    there.verify_arrival();
     there.run_some();
 
     let (reader, writer) = std::io::pipe().unwrap();
@@ -113,7 +115,6 @@ fn inherited_descriptors() {
         .unwrap();
     incoming.wait().unwrap();
     there.verify();
-    last.run_some();
     last.stop_and_verify();
 }
 

@@ -126,7 +126,7 @@ fn shut_is_lost() {
         assert!(is_undecided(&outcome.source), "{outcome:?}");
         assert!(outcome.destination.is_ok(), "{outcome:?}");
         here.verify();
-        assert!(there.is_running());
+        there.verify_arrival();
         there.run_some();
         move_on(&there, parameters()).stop_and_verify();
     }
@@ -141,7 +141,7 @@ fn nothing_is_lost_that_matters() {
         let (there, outcome) = migrate(&here, when, effect);
         assert!(outcome.source.is_ok() && outcome.destination.is_ok());
         assert!(!here.is_running());
+        there.verify_arrival();
         there.run_some();
-        there.stop_and_verify();
     }
 }

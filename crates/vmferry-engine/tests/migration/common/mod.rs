@@ -77,6 +77,7 @@ pub fn move_on(here: &Arc<Watched>, parameters: Parameters) -> Arc<Watched> {
     let outgoing = send(here, incoming.uri(), parameters);
     outgoing.wait().expect("the guest has left");
     incoming.wait().expect("the guest has arrived");
+    there.verify_arrival();
     there
 }
 

@@ -64,6 +64,13 @@ impl Watched {
         self.toy.verify()
     }
 
+    /// Looks at a guest that has just arrived, before it has written over what may be wrong.
+    pub fn verify_arrival(&self) {
+        let was = self.pause().unwrap();
+        self.verify();
+        self.resume(was).unwrap();
+    }
+
     pub fn steps(&self) -> u64 {
         self.toy.steps()
     }
