@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use serde_json::Value;
 use vmferry_control::QmpClient;
 use vmferry_control::schema::MigrationStatus;
@@ -13,15 +13,15 @@ use crate::progress::{PATIENCE, POLL, is_over};
 /// Cancels the migration of a guest, and waits until it is.
 pub fn cancel(options: &cli::Cancel) -> anyhow::Result<()> {
     let mut vm = QmpClient::connect(&options.monitor.qmp, PATIENCE)?;
-    vm.execute("migrate_cancel", Value::Null)?;
+    match vm.query_migrate()?.status {
+        None | Some(MigrationStatus::None) => bail!("there is no migration to cancel"),
+        Some(status) if is_over(status) => return Err(too_late(status)),
+        Some(_) => vm.execute("migrate_cancel", Value::Null)?,
+    };
     // A peer that hangs is noticed at the next write at the latest.
     let end = Instant::now() + Duration::from_secs(30);
     loop {
         match vm.query_migrate()?.status {
-            None | Some(MigrationStatus::None) => {
-                println!("There is no migration to cancel.");
-                return Ok(());
-            }
             Some(MigrationStatus::Cancelled) => {
                 let guest = vm.query_status()?.status;
                 println!(
@@ -30,14 +30,16 @@ pub fn cancel(options: &cli::Cancel) -> anyhow::Result<()> {
                 );
                 return Ok(());
             }
-            Some(status) if is_over(status) => bail!(
-                "there is no migration to cancel: the last one is {}",
-                crate::report::migration_status(status)
-            ),
-            Some(_) if Instant::now() > end => {
-                bail!("the migration does not end; see vmferry status")
-            }
-            Some(_) => std::thread::sleep(POLL),
+            Some(status) if is_over(status) => return Err(too_late(status)),
+            _ if Instant::now() > end => bail!("the migration does not end; see vmferry status"),
+            _ => std::thread::sleep(POLL),
         }
     }
+}
+
+fn too_late(status: MigrationStatus) -> anyhow::Error {
+    anyhow!(
+        "there is no migration to cancel: the last one is {}",
+        crate::report::migration_status(status)
+    )
 }
