@@ -93,19 +93,24 @@ fn line(info: &MigrationInfo) -> String {
         return format!("{state} ...");
     };
     let mut line = format!(
-        "{state}: pass {}, {} of {} remaining, {}",
+        "{state}: pass {}, {} of {} remaining",
         ram.dirty_sync_count,
         format_size(ram.remaining),
         format_size(ram.total),
-        format_bandwidth(info.x_vmferry_bandwidth.unwrap_or(0)),
     );
+    if let Some(bandwidth) = info.x_vmferry_bandwidth {
+        line += &format!(", {}", format_bandwidth(bandwidth));
+    }
     if ram.dirty_pages_rate > 0 {
         line += &format!(
             ", guest dirties {}",
             format_bandwidth(ram.dirty_pages_rate * ram.page_size)
         );
     }
-    if let Some(downtime) = info.expected_downtime {
+    // The first pass has nothing to go by.
+    if let Some(downtime) = info.expected_downtime
+        && ram.dirty_sync_count > 1
+    {
         line += &format!(", expected downtime {downtime} ms");
     }
     line

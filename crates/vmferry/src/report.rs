@@ -113,7 +113,7 @@ pub fn run_state(state: RunState) -> &'static str {
         RunState::Prelaunch => "not started yet (prelaunch)",
         RunState::Inmigrate => "waiting to arrive (inmigrate)",
         RunState::FinishMigrate => "paused by its migration (finish-migrate)",
-        RunState::Postmigrate => "gone: it runs on the other side (postmigrate)",
+        RunState::Postmigrate => "stopped here: its migration is complete (postmigrate)",
         RunState::Shutdown => "shut down",
         RunState::InternalError => "stopped by an internal error",
         _ => "in a state that this vmferry does not know",

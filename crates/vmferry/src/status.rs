@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use serde_json::json;
-use vmferry_control::QmpClient;
 use vmferry_control::schema::{MigrationInfo, MigrationStatus, StatusInfo};
+use vmferry_control::{ClientError, QmpClient};
 
 use crate::cli;
 use crate::progress::{PATIENCE, is_over};
@@ -13,14 +13,24 @@ use crate::report;
 /// Shows what a guest and its migration are doing.
 pub fn status(options: &cli::Status) -> anyhow::Result<()> {
     let mut vm = QmpClient::connect(&options.monitor.qmp, PATIENCE)?;
+    let mut shown = false;
     loop {
-        let (guest, migration) = (vm.query_status()?, vm.query_migrate()?);
+        let (guest, migration) = match look(&mut vm) {
+            // It is over: the source of a migration usually ends when the guest has left.
+            Err(ClientError::Closed { .. }) if shown => return Ok(()),
+            look => look?,
+        };
         print(options, &guest, &migration)?;
+        shown = true;
         if !options.watch || migration.status.is_some_and(is_over) {
             return Ok(());
         }
         std::thread::sleep(Duration::from_secs(1));
     }
+}
+
+fn look(vm: &mut QmpClient) -> Result<(StatusInfo, MigrationInfo), ClientError> {
+    Ok((vm.query_status()?, vm.query_migrate()?))
 }
 
 fn print(

@@ -196,7 +196,8 @@ fn migration_info(info: Info) -> MigrationInfo {
     /// Bytes of a page.
     const PAGE: u64 = 4096;
     let status = status(info.status);
-    let copying = !matches!(info.status, Status::None | Status::Setup);
+    // A migration that failed while it connected has no figures.
+    let copying = !matches!(info.status, Status::None | Status::Setup) && info.ram.total > 0;
     let ram = copying.then(|| MigrationRamStats {
         transferred: info.ram.transferred,
         remaining: info.ram.remaining,
