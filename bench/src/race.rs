@@ -1,7 +1,7 @@
 //! One migration with one VMM, measured.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use serde::Serialize;
@@ -10,6 +10,7 @@ use crate::case::Case;
 use crate::felt::{BEATS_AFTER, Felt};
 use crate::interrupt::Interrupt;
 use crate::peer::{Peer, Role};
+use crate::serial::Beat;
 use crate::vm::Vm;
 
 /// How long to watch the guest after its move.
@@ -25,6 +26,8 @@ pub enum Watch {
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Run {
+    /// From before the destination's process is started to its `RESUME`: all that a move takes.
+    pub whole_ms: f64,
     /// `total-time` of the source's `query-migrate`.
     pub total_ms: f64,
     /// For how long the guest did not run, as it felt it: see [`crate::felt`].
@@ -41,9 +44,11 @@ pub struct Run {
     pub bytes: u64,
     /// Passes over the guest's memory: fetches of the dirty log.
     pub passes: u64,
-    /// CPU time of the source and its guest, from the command to the arrival.
+    /// Bytes of memory that the destination had already when the command was given.
+    pub resident: u64,
+    /// CPU time of the source and its guest, from the destination's start to the arrival.
     pub source_cpu_ms: f64,
-    /// CPU time of the destination and its guest, likewise.
+    /// CPU time of the destination and its guest, likewise: all that it has used.
     pub destination_cpu_ms: f64,
     /// Pages that the guest verified after the move.
     pub verified: u64,
@@ -65,14 +70,19 @@ pub fn run(
     let dir = tempfile::tempdir().context("cannot create a directory for sockets")?;
     let start = |role| Vm::start(peer, role, case, elf, dir.path(), interrupt);
     let mut source = start(Role::Source)?;
-    let mut destination = start(Role::Destination)?;
-    let uri = destination.listening()?;
     source.settle()?;
 
-    let cpu_before = (source.cpu_time()?, destination.cpu_time()?);
+    // Not before it is needed, and what it does before the command counts: a destination may get its
+    // memory ready while it waits, and given long enough no figure of the migration itself would show it.
+    let source_cpu_before = source.cpu_time()?;
+    let began = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let mut destination = start(Role::Destination)?;
+    let uri = destination.listening()?;
+    let resident = destination.resident()?;
     let info = source.migrate(&uri)?;
     let resumed = destination.event("RESUME")?;
-    let cpu_after = (source.cpu_time()?, destination.cpu_time()?);
+    let source_cpu = source.cpu_time()?.saturating_sub(source_cpu_before);
+    let destination_cpu = destination.cpu_time()?;
     let stopped = resumed.saturating_sub(source.event("STOP")?);
 
     let before = source.beats(|_| true)?;
@@ -88,12 +98,13 @@ pub fn run(
         // A sweep that ends now may have begun on the source: the one after it is all of this side.
         Watch::FullSweep => arrived.sweeps + 2,
     };
-    let swept = |beat: &crate::serial::Beat| beat.heartbeat.sweeps >= sweeps;
+    let swept = |beat: &Beat| beat.heartbeat.sweeps >= sweeps;
     let beats = destination.beats(|beats| beats.last().is_some_and(swept))?;
     let last = beats[beats.len() - 1].heartbeat;
 
     let ram = info.ram.unwrap_or_default();
     Ok(Run {
+        whole_ms: millis(resumed.saturating_sub(began)),
         total_ms: info.total_time.unwrap_or(0) as f64,
         felt_ms: millis(felt.downtime()),
         clock_lost_ms: millis(felt.clock_lost),
@@ -102,8 +113,9 @@ pub fn run(
         downtime_ms: info.downtime.unwrap_or(0) as f64,
         bytes: ram.transferred,
         passes: ram.dirty_sync_count,
-        source_cpu_ms: millis(cpu_after.0.saturating_sub(cpu_before.0)),
-        destination_cpu_ms: millis(cpu_after.1.saturating_sub(cpu_before.1)),
+        resident,
+        source_cpu_ms: millis(source_cpu),
+        destination_cpu_ms: millis(destination_cpu),
         verified: last.verified.saturating_sub(arrived.verified),
         corrupt: last.corrupt,
     })

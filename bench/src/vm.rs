@@ -187,6 +187,25 @@ impl Vm {
         let per_second = rustix::param::clock_ticks_per_second();
         Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
     }
+
+    /// Bytes of memory that the VMM and its guest have from the host.
+    ///
+    /// # Errors
+    /// The system does not tell.
+    pub fn resident(&self) -> anyhow::Result<u64> {
+        let path = format!("/proc/{}/status", self.process.child.id());
+        let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        let kib = resident_kib(&status).with_context(|| format!("cannot understand {path}"))?;
+        Ok(kib << 10)
+    }
+}
+
+/// Resident memory of a process in KiB, from its `status` file.
+fn resident_kib(status: &str) -> Option<u64> {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix(" kB")?.parse().ok()
 }
 
 /// User and system time of a process, from its `stat` file.
@@ -236,5 +255,14 @@ mod tests {
         let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 9 0 0 0 12 30 0 0 20 0 5 0 99 1000 10";
         assert_eq!(cpu_ticks(stat), Some(42));
         assert_eq!(cpu_ticks("7 (a"), None);
+    }
+
+    #[test]
+    fn resident_memory_is_found() {
+        assert_eq!(
+            resident_kib("VmHWM:\t   9 kB\nVmRSS:\t    42 kB\n"),
+            Some(42)
+        );
+        assert_eq!(resident_kib("VmRSS:\t"), None);
     }
 }

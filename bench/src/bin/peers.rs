@@ -91,8 +91,8 @@ fn compare(options: &Options) -> anyhow::Result<()> {
                 let run = race::run(peer, case, &image, watch, &interrupt)
                     .with_context(|| format!("{name}, case {}, round {round}", case.name))?;
                 say(format!(
-                    "{} {round}/{} {name}: total {:.0} ms, felt {:.1} ms, {} pages verified",
-                    case.name, options.runs, run.total_ms, run.felt_ms, run.verified
+                    "{} {round}/{} {name}: whole move {:.0} ms, felt {:.1} ms, {} pages verified",
+                    case.name, options.runs, run.whole_ms, run.felt_ms, run.verified
                 ));
                 match watch {
                     Watch::FullSweep => series.warm_up = Some(run),
