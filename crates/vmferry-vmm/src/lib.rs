@@ -34,5 +34,5 @@ mod vcpu;
 pub use boot::BootError;
 pub use config::{Backing, KernelSource, MachineConfig, OnReset, SerialConfig};
 pub use error::MachineError;
-pub use machine::{Machine, MachineEvent, VcpuInfo};
+pub use machine::{Machine, MachineEvent, OnEvent, VcpuInfo};
 pub use run_state::RunState;

@@ -1,6 +1,5 @@
 //! A virtual machine as its user sees it.
 
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
@@ -52,6 +51,10 @@ pub enum MachineEvent {
     /// The user of the console has pressed the keys that mean "quit".
     QuitKey,
 }
+
+/// Is told what happens to a machine, in the order in which it does, from whichever thread it happens on, which
+/// may hold the machine's run state: it must be quick, and leave the machine alone.
+pub type OnEvent = Box<dyn Fn(MachineEvent) + Send + Sync>;
 
 /// A vCPU, for its user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,17 +117,14 @@ pub struct Machine {
     power_on: PowerOn,
     threads: Vec<VcpuThread>,
     lifecycle: Mutex<Lifecycle>,
-    events: Sender<MachineEvent>,
+    on_event: Arc<OnEvent>,
     supervisor: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Machine {
     /// Builds a machine. It does not run yet: its state is [`RunState::Prelaunch`], or [`RunState::InMigrate`]
-    /// with `config.incoming`. What happens to it is told to `events`.
-    pub fn new(
-        config: MachineConfig,
-        events: Sender<MachineEvent>,
-    ) -> Result<Arc<Self>, MachineError> {
+    /// with `config.incoming`. What happens to it is told to `on_event`.
+    pub fn new(config: MachineConfig, on_event: OnEvent) -> Result<Arc<Self>, MachineError> {
         let hypervisor = Hypervisor::new(|kvm: &Kvm| config.validate(kvm.get_max_vcpus()))?;
         let images = Images::read(&config)?;
         let ram = GuestRam::new(config.memory, config.backing)?;
@@ -157,11 +157,9 @@ impl Machine {
             pit: PitState::save(&hypervisor.vm)?,
         };
 
-        let keys = events.clone();
-        let quit_key = move || {
-            // Nobody listens any more: the machine is about to end anyway.
-            let _ = keys.send(MachineEvent::QuitKey);
-        };
+        let on_event = Arc::new(on_event);
+        let keys = on_event.clone();
+        let quit_key = move || keys(MachineEvent::QuitKey);
         let serial = Arc::new(SerialPort::new(&config.serial, Box::new(quit_key))?);
         hypervisor
             .vm
@@ -193,7 +191,7 @@ impl Machine {
             images,
             power_on,
             threads: Vec::new(),
-            events,
+            on_event,
             supervisor: Mutex::new(None),
         };
         if !machine.config.incoming {
@@ -330,8 +328,7 @@ impl Machine {
     }
 
     pub(crate) fn emit(&self, event: MachineEvent) {
-        // A machine whose user does not listen runs all the same.
-        let _ = self.events.send(event);
+        (self.on_event)(event);
     }
 
     /// Lets the vCPUs run.

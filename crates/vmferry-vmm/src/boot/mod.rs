@@ -35,6 +35,15 @@ pub enum BootError {
         /// The system's answer.
         source: io::Error,
     },
+    /// A file that is no kernel to start.
+    #[error("cannot start the kernel {}: {why}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong with its content.
+        #[source]
+        why: Box<BootError>,
+    },
     /// The image is of neither kind.
     #[error(
         "the kernel image is neither an ELF file nor a bzImage: give a PVH-capable vmlinux, a bzImage or a \
@@ -83,6 +92,18 @@ enum Kernel {
     BzImage(Vec<u8>),
 }
 
+impl Kernel {
+    fn recognize(image: Vec<u8>) -> Result<Self, BootError> {
+        if image.starts_with(elf::MAGIC) {
+            Ok(Kernel::Pvh(elf::Image::parse(image)?))
+        } else if bzimage::is_bzimage(&image) {
+            Ok(Kernel::BzImage(image))
+        } else {
+            Err(BootError::UnknownFormat)
+        }
+    }
+}
+
 /// How the boot processor starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
@@ -98,15 +119,13 @@ impl Images {
             return Ok(None);
         };
         let kernel = match source {
-            KernelSource::Bytes(bytes) => bytes.to_vec(),
-            KernelSource::Path(path) => read("kernel", path)?,
-        };
-        let kernel = if kernel.starts_with(elf::MAGIC) {
-            Kernel::Pvh(elf::Image::parse(kernel)?)
-        } else if bzimage::is_bzimage(&kernel) {
-            Kernel::BzImage(kernel)
-        } else {
-            return Err(BootError::UnknownFormat);
+            KernelSource::Bytes(bytes) => Kernel::recognize(bytes.to_vec())?,
+            KernelSource::Path(path) => {
+                Kernel::recognize(read("kernel", path)?).map_err(|why| BootError::File {
+                    path: path.clone(),
+                    why: Box::new(why),
+                })?
+            }
         };
         let initrd = match &config.initrd {
             Some(path) => Some(read("initial RAM disk", path)?),

@@ -254,7 +254,7 @@ fn what_cannot_boot_is_named() {
     let refusal = |image: Vec<u8>| {
         let mut config = config(1, &dir.path().join("serial"));
         config.kernel = Some(KernelSource::Bytes(image.into()));
-        match Machine::new(config, mpsc::channel().0) {
+        match Machine::new(config, Box::new(drop)) {
             Ok(_) => String::new(),
             Err(e) => e.to_string(),
         }
@@ -281,6 +281,6 @@ fn what_cannot_boot_is_named() {
         kernel: Some(KernelSource::Path("/no/such/kernel".into())),
         ..config(1, &dir.path().join("serial"))
     };
-    let error = Machine::new(missing, mpsc::channel().0).err().unwrap();
+    let error = Machine::new(missing, Box::new(drop)).err().unwrap();
     assert!(error.to_string().contains("/no/such/kernel"));
 }

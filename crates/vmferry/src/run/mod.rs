@@ -5,29 +5,37 @@ mod monitor;
 
 use std::borrow::Cow;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::sync::mpsc::{Sender, channel};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmferry_control::schema::{Event, ShutdownCause, ShutdownData};
 use vmferry_control::{EventBus, QmpServer};
-use vmferry_vmm::{Backing, KernelSource, Machine, MachineConfig, MachineEvent, OnReset};
+use vmferry_vmm::{Backing, KernelSource, Machine, MachineConfig, MachineEvent, OnEvent, OnReset};
 
 use crate::cli::{self, Incoming, Kernel};
+use crate::output;
 use migrations::Migrations;
 use monitor::Monitor;
 
 /// Why the process is to end.
 #[derive(Debug)]
 pub enum Exit {
-    /// The monitor's user wants it.
-    Quit,
-    /// A signal came.
-    Signal,
+    /// The guest or somebody outside wants it.
+    ShutDown(ShutdownData),
     /// The guest that was to arrive did not.
     IncomingFailed(String),
+}
+
+impl Exit {
+    /// Somebody outside wants it.
+    pub fn host(reason: ShutdownCause) -> Self {
+        Exit::ShutDown(ShutdownData {
+            guest: false,
+            reason,
+        })
+    }
 }
 
 /// Runs a guest until it shuts down or somebody ends it.
@@ -37,8 +45,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<()> {
     }
     let events = EventBus::new();
     let (exit, exits) = channel();
-    let (machine_events, from_machine) = channel();
-    let machine = Machine::new(config(&options), machine_events)?;
+    let machine = Machine::new(config(&options), on_event(events.clone(), exit.clone()))?;
     let migrations = Migrations::new(machine.clone(), events.clone(), exit.clone());
     let name = options.name.clone();
     let monitor = Arc::new(Monitor::new(
@@ -55,13 +62,19 @@ pub fn run(options: cli::Run) -> anyhow::Result<()> {
     match &options.incoming {
         Some(Incoming::Uri(uri)) => {
             let uri = migrations.receive(uri, migrations::OnFailure::Exit)?;
-            eprintln!("vmferry: waiting for a guest at {uri}");
+            output::note(format!("vmferry: waiting for a guest at {uri}"));
         }
         Some(Incoming::Defer) => {}
         None if options.paused => {}
         None => machine.resume()?,
     }
-    let result = serve(&from_machine, &exits, &events);
+    let result = match exits.recv()? {
+        Exit::ShutDown(data) => {
+            events.emit(Event::Shutdown(data));
+            Ok(())
+        }
+        Exit::IncomingFailed(why) => Err(anyhow!("the guest did not arrive: {why}")),
+    };
     // The last answers go out first, then migrations end, then the machine.
     drop(server);
     migrations.end();
@@ -97,60 +110,38 @@ fn end_on_signals(exit: Sender<Exit>) -> anyhow::Result<()> {
         .spawn(move || {
             for _ in signals.forever() {
                 // The process may be ending already.
-                let _ = exit.send(Exit::Signal);
+                let _ = exit.send(Exit::host(ShutdownCause::HostSignal));
             }
         })
         .context("cannot start a thread")?;
     Ok(())
 }
 
-/// Passes on what happens to the machine, until the process is to end.
-fn serve(
-    from_machine: &Receiver<MachineEvent>,
-    exits: &Receiver<Exit>,
-    events: &EventBus,
-) -> anyhow::Result<()> {
-    let shut_down = |guest, reason| events.emit(Event::Shutdown(ShutdownData { guest, reason }));
-    loop {
-        match exits.try_recv() {
-            Ok(Exit::Quit) => {
-                shut_down(false, ShutdownCause::HostQmpQuit);
-                return Ok(());
-            }
-            Ok(Exit::Signal) => {
-                shut_down(false, ShutdownCause::HostSignal);
-                return Ok(());
-            }
-            Ok(Exit::IncomingFailed(why)) => bail!("the guest did not arrive: {why}"),
-            Err(_) => {}
-        }
-        match from_machine.recv_timeout(Duration::from_millis(20)) {
-            Ok(MachineEvent::Stop) => events.emit(Event::Stop),
-            Ok(MachineEvent::Resume) => events.emit(Event::Resume),
-            Ok(MachineEvent::Reset { guest }) => {
+/// Passes on what happens to the machine. Straight to the bus, so that clients see it before what is only caused by
+/// it: STOP before the migration that goes on from there.
+fn on_event(events: EventBus, exit: Sender<Exit>) -> OnEvent {
+    Box::new(move |event| {
+        let end = |guest, reason| {
+            // Nobody listens any more when the process is ending already.
+            let _ = exit.send(Exit::ShutDown(ShutdownData { guest, reason }));
+        };
+        match event {
+            MachineEvent::Stop => events.emit(Event::Stop),
+            MachineEvent::Resume => events.emit(Event::Resume),
+            MachineEvent::Reset { guest } => {
                 let reason = match guest {
                     true => ShutdownCause::GuestReset,
                     false => ShutdownCause::HostQmpSystemReset,
                 };
                 events.emit(Event::Reset(ShutdownData { guest, reason }));
             }
-            Ok(MachineEvent::Shutdown { guest }) => {
-                let reason = match guest {
-                    true => ShutdownCause::GuestShutdown,
-                    false => ShutdownCause::HostQmpQuit,
-                };
-                shut_down(guest, reason);
-                return Ok(());
+            // A guest can end only by resetting itself (--no-reboot).
+            MachineEvent::Shutdown { guest: true } => end(true, ShutdownCause::GuestReset),
+            MachineEvent::Shutdown { guest: false } => end(false, ShutdownCause::HostQmpQuit),
+            MachineEvent::InternalError { vcpu, reason } => {
+                output::note(format!("vmferry: the guest stopped: vCPU {vcpu}: {reason}"));
             }
-            Ok(MachineEvent::InternalError { vcpu, reason }) => {
-                eprintln!("vmferry: the guest stopped: vCPU {vcpu}: {reason}");
-            }
-            Ok(MachineEvent::QuitKey) => {
-                shut_down(false, ShutdownCause::HostUi);
-                return Ok(());
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            MachineEvent::QuitKey => end(false, ShutdownCause::HostUi),
         }
-    }
+    })
 }

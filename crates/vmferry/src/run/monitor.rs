@@ -8,7 +8,7 @@ use vmferry_control::schema::{
     CpuInfoFast, CpuInstanceProperties, KvmInfo, Migrate, MigrateContinue, MigrateIncoming,
     MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus,
     MigrationInfo, MigrationParameters, MigrationRamStats, MigrationStatus, NameInfo, RunState,
-    SocketAddress, StatusInfo,
+    ShutdownCause, SocketAddress, StatusInfo,
 };
 use vmferry_control::{Handler, QmpError};
 use vmferry_engine::{Info, Parameters, Status};
@@ -88,7 +88,7 @@ impl Handler for Monitor {
 
     fn quit(&self) -> Result<(), QmpError> {
         // Nobody listens any more when the process is ending already.
-        let _ = self.exit.send(Exit::Quit);
+        let _ = self.exit.send(Exit::host(ShutdownCause::HostQmpQuit));
         Ok(())
     }
 
