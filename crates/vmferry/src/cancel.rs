@@ -8,6 +8,7 @@ use vmferry_control::QmpClient;
 use vmferry_control::schema::MigrationStatus;
 
 use crate::cli;
+use crate::output::print;
 use crate::progress::{PATIENCE, POLL, is_over};
 
 /// Cancels the migration of a guest, and waits until it is.
@@ -24,11 +25,10 @@ pub fn cancel(options: &cli::Cancel) -> anyhow::Result<()> {
         match vm.query_migrate()?.status {
             Some(MigrationStatus::Cancelled) => {
                 let guest = vm.query_status()?.status;
-                println!(
-                    "Cancelled. The guest is {}.",
+                return print(format!(
+                    "Cancelled. The guest is {}.\n",
                     crate::report::run_state(guest)
-                );
-                return Ok(());
+                ));
             }
             Some(status) if is_over(status) => return Err(too_late(status)),
             _ if Instant::now() > end => bail!("the migration does not end; see vmferry status"),

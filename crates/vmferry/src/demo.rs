@@ -14,6 +14,7 @@ use vmferry_guests::Heartbeat;
 
 use crate::cli;
 use crate::migrate::{quit, succeed};
+use crate::output::{note, print};
 use crate::progress::{Audience, PATIENCE, POLL, follow};
 use crate::report::{Table, micros, millis};
 
@@ -28,7 +29,7 @@ pub fn demo(options: &cli::Demo) -> anyhow::Result<()> {
     let plan = Plan::new(options)?;
     let say = |text: String| {
         if !options.json {
-            eprintln!("{text}");
+            note(text);
         }
     };
     let dir = tempfile::tempdir().context("cannot create a directory for sockets")?;
@@ -211,7 +212,7 @@ fn report(
             "pages-verified": after.verified,
             "pages-corrupt": after.corrupt,
         });
-        println!("{}", json!({"migration": info, "guest": guest}));
+        print(format!("{}\n", json!({"migration": info, "guest": guest})))?;
     } else {
         let mut table = Table::default();
         table.row("total time", millis(info.total_time.unwrap_or(0)));
@@ -236,7 +237,9 @@ fn report(
         table.row("guest wrote", format!("{} pages", after.written));
         table.row("guest verified", format!("{} pages", after.verified));
         table.row("corrupt", after.corrupt.to_string());
-        print!("The guest has moved, and verified all of its memory on the other side.\n{table}");
+        print(format!(
+            "The guest has moved, and verified all of its memory on the other side.\n{table}"
+        ))?;
     }
     ensure!(after.corrupt == 0, "{} pages are corrupt", after.corrupt);
     Ok(())

@@ -6,16 +6,13 @@ use anyhow::Context;
 use clap::CommandFactory;
 
 use crate::cli::Cli;
+use crate::output::print;
 
 /// Prints the completion script of a shell.
 pub fn completions(shell: clap_complete::Shell) -> anyhow::Result<()> {
-    clap_complete::generate(
-        shell,
-        &mut Cli::command(),
-        "vmferry",
-        &mut std::io::stdout(),
-    );
-    Ok(())
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "vmferry", &mut script);
+    print(String::from_utf8_lossy(&script))
 }
 
 /// Writes `vmferry.1` and one page for each subcommand.

@@ -5,6 +5,7 @@ mod cli;
 mod demo;
 mod docs;
 mod migrate;
+mod output;
 mod progress;
 mod report;
 mod run;
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vmferry: {}", sentence(&error));
+            output::note(format!("vmferry: {}", sentence(&error)));
             ExitCode::FAILURE
         }
     }

@@ -8,6 +8,7 @@ use vmferry_control::schema::{MigrationInfo, MigrationStatus};
 use vmferry_control::{ClientError, QmpClient};
 
 use crate::cli;
+use crate::output::print;
 use crate::progress::{Audience, PATIENCE, follow};
 use crate::report;
 
@@ -25,18 +26,22 @@ pub fn migrate(options: &cli::Migrate) -> anyhow::Result<()> {
     };
     let info = follow(&mut vm, audience)
         .context("lost sight of the migration; it may go on: see vmferry status")?;
-    if options.json {
-        println!("{}", serde_json::to_value(&info)?);
-    }
-    succeed(&info)?;
-    if !options.json {
-        println!("The guest has moved to {}.", options.uri);
-        print!("{}", report::migration_table(&info));
-    }
+    let result = succeed(&info);
+    let printed = match (options.json, &result) {
+        (true, _) => print(format!("{}\n", serde_json::to_value(&info)?)),
+        (false, Ok(())) => print(format!(
+            "The guest has moved to {}.\n{}",
+            options.uri,
+            report::migration_table(&info)
+        )),
+        (false, Err(_)) => Ok(()),
+    };
+    result?;
+    // Whether or not anybody reads that the guest has left, it has.
     if !options.keep_source {
         quit(&mut vm)?;
     }
-    Ok(())
+    printed
 }
 
 /// Lets a VM end. Its connection closing before the answer is its way of having done so.
@@ -84,13 +89,12 @@ fn set_parameters(vm: &mut QmpClient, options: &cli::Migrate) -> Result<(), Clie
 
 fn report_detached(options: &cli::Migrate) -> anyhow::Result<()> {
     if options.json {
-        println!("{}", json!({"status": "setup"}));
+        print(format!("{}\n", json!({"status": "setup"})))
     } else {
         let qmp: &Path = &options.monitor.qmp;
-        println!(
-            "The migration has begun. Follow it with: vmferry status --watch --qmp unix:{}",
+        print(format!(
+            "The migration has begun. Follow it with: vmferry status --watch --qmp unix:{}\n",
             qmp.display()
-        );
+        ))
     }
-    Ok(())
 }

@@ -73,7 +73,7 @@ impl Display {
             }
             Display::Lines { last } if last.is_none_or(|l| l.elapsed() >= LINE_INTERVAL) => {
                 *last = Some(Instant::now());
-                eprintln!("{}", line(info));
+                crate::output::note(line(info));
             }
             Display::Lines { .. } | Display::Nothing => {}
         }

@@ -7,6 +7,7 @@ use vmferry_control::schema::{MigrationInfo, MigrationStatus, StatusInfo};
 use vmferry_control::{ClientError, QmpClient};
 
 use crate::cli;
+use crate::output;
 use crate::progress::{PATIENCE, is_over};
 use crate::report;
 
@@ -39,19 +40,21 @@ fn print(
     migration: &MigrationInfo,
 ) -> anyhow::Result<()> {
     if options.json {
-        println!("{}", json!({"status": guest, "migration": migration}));
-        return Ok(());
+        return output::print(format!(
+            "{}\n",
+            json!({"status": guest, "migration": migration})
+        ));
     }
-    println!("guest: {}", report::run_state(guest.status));
+    let mut text = format!("guest: {}\n", report::run_state(guest.status));
     match migration.status {
-        None | Some(MigrationStatus::None) => println!("migration: none"),
+        None | Some(MigrationStatus::None) => text += "migration: none\n",
         Some(status) => {
-            println!("migration: {}", report::migration_status(status));
-            print!("{}", report::migration_table(migration));
+            text += &format!("migration: {}\n", report::migration_status(status));
+            text += &report::migration_table(migration).to_string();
         }
     }
     if options.watch {
-        println!();
+        text += "\n";
     }
-    Ok(())
+    output::print(text)
 }
