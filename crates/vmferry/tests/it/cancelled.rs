@@ -1,0 +1,105 @@
+//! Cancelling at random moments, over the monitor and with the command.
+
+use serde_json::{Value, json};
+use vmferry_control::schema::{MigrationStatus, RunState};
+
+use crate::common::dice::Dice;
+use crate::common::guest::{Guest, Shape};
+use crate::common::lab::Lab;
+use crate::common::outcome::{Outcome, Tally, Usual, conclude, migrate_until, phase};
+use crate::common::say;
+use crate::common::vm::Vm;
+
+const ROUNDS: usize = 15;
+
+/// Cancels; whether it was in time is seen from what comes of the migration.
+fn rounds(test: &str, cancel: impl Fn(&mut Vm)) {
+    let Some(lab) = Lab::new() else { return };
+    let mut dice = Dice::new(test);
+    let mut guest = Guest::boot(&lab, Shape::medium());
+    let usual = Usual::of(&guest.hop());
+    let mut tally = Tally::default();
+    for round in 0..ROUNDS {
+        let mut destination = guest.tcp_destination();
+        let uri = destination.uri();
+        migrate_until(&mut guest, &uri, phase(round), usual, &mut dice);
+        cancel(&mut guest.vm);
+        let outcome = conclude(&mut guest);
+        tally.count(outcome);
+        match outcome {
+            Outcome::RanOn => {
+                let status = guest.vm.info().status;
+                assert_eq!(status, Some(MigrationStatus::Cancelled));
+                // One that nobody has connected to yet goes on waiting.
+                let info = destination.qmp.query_migrate();
+                if !info.is_ok_and(|info| info.status == Some(MigrationStatus::Setup)) {
+                    let words = destination.ends_with_error();
+                    assert!(words.contains("the guest did not arrive"), "{words}");
+                }
+                guest.hop();
+            }
+            Outcome::Arrived => {
+                destination.wait_for_state(RunState::Running);
+                guest.moved_to(destination);
+            }
+            Outcome::Undecided => panic!("nothing was lost"),
+        }
+        guest.works();
+    }
+    guest.verifies_all();
+    say(&format!("{test} at {ROUNDS} moments: {tally:?}"));
+}
+
+#[test]
+fn over_the_monitor() {
+    rounds("cancelled over the monitor", |vm| {
+        // Refused when it is too late.
+        let _ = vm.qmp.execute("migrate_cancel", Value::Null);
+    });
+}
+
+#[test]
+fn with_the_command() {
+    rounds("cancelled with the command", |vm| {
+        let cancelled = vm.command("cancel", &[]);
+        let status = vm.info().status;
+        if cancelled.status.success() {
+            let words = cancelled.succeeded();
+            assert!(
+                words.contains("Cancelled. The guest is running."),
+                "{words}"
+            );
+        } else {
+            let words = cancelled.failed();
+            assert_eq!(status, Some(MigrationStatus::Completed), "{words}");
+            assert!(
+                words.contains("too late to cancel") || words.contains("the last one is completed"),
+                "{words}"
+            );
+        }
+    });
+}
+
+/// Slow enough to be cancelled for sure.
+#[test]
+fn the_migrating_command_says_so() {
+    let Some(lab) = Lab::new() else { return };
+    let mut guest = Guest::boot(&lab, Shape::small());
+    guest.vm.set_parameters(json!({"max-bandwidth": 4 << 20}));
+    let mut destination = guest.tcp_destination();
+    let uri = destination.uri();
+    let socket = guest.vm.socket.clone();
+    let migrating = crate::common::command::on_vm("migrate", &socket, &[&uri]);
+    guest.vm.wait_for_status(MigrationStatus::Active);
+    guest.vm.command("cancel", &[]).succeeded();
+    let words = migrating.finish_within(crate::common::PATIENCE).failed();
+    assert!(
+        words.contains("the migration was cancelled; the guest is as it was"),
+        "{words}"
+    );
+    destination.ends_with_error();
+    guest.runs_on();
+
+    let words = guest.vm.command("cancel", &[]).failed();
+    assert!(words.contains("there is no migration to cancel"), "{words}");
+}

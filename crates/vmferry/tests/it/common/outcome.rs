@@ -1,0 +1,133 @@
+//! The three ways in which a disturbed migration may end, and what must be true in each.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use vmferry_control::schema::{MigrationInfo, MigrationStatus, RunState};
+
+use super::dice::Dice;
+use super::guest::Guest;
+
+/// When a migration is disturbed.
+#[derive(Clone, Copy, Debug)]
+pub enum Phase {
+    /// While it connects and sets up.
+    Connection,
+    /// At any time.
+    Ram,
+    /// When the guest has just been stopped for its last pages and the hand-over.
+    SwitchOver,
+}
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The migration failed or was cancelled, and the guest runs where it was.
+    RanOn,
+    /// The migration was over first.
+    Arrived,
+    /// The hand-over was decided and its confirmation lost: the guest is paused, and the user is told what to do.
+    Undecided,
+}
+
+/// How often each.
+#[derive(Debug, Default)]
+pub struct Tally {
+    pub ran_on: usize,
+    pub arrived: usize,
+    pub undecided: usize,
+}
+
+impl Tally {
+    pub fn count(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::RanOn => self.ran_on += 1,
+            Outcome::Arrived => self.arrived += 1,
+            Outcome::Undecided => self.undecided += 1,
+        }
+    }
+}
+
+/// The phases in turn.
+pub fn phase(round: usize) -> Phase {
+    [Phase::Connection, Phase::Ram, Phase::SwitchOver][round % 3]
+}
+
+/// How long a guest's migrations usually take.
+#[derive(Clone, Copy, Debug)]
+pub struct Usual {
+    total: Duration,
+    downtime: Duration,
+}
+
+impl Usual {
+    pub fn of(info: &MigrationInfo) -> Self {
+        Usual {
+            total: Duration::from_millis(info.total_time.expect("it is known at the end")),
+            downtime: Duration::from_micros(
+                info.x_vmferry_downtime_us.expect("it is known at the end"),
+            ),
+        }
+    }
+}
+
+/// Starts a migration of a guest, and returns at a random moment of a phase.
+pub fn migrate_until(
+    guest: &mut Guest<'_>,
+    uri: &str,
+    phase: Phase,
+    usual: Usual,
+    dice: &mut Dice,
+) {
+    /// Longer than connecting takes.
+    const CONNECTING: Duration = Duration::from_millis(15);
+    guest.vm.set_capability("events", true);
+    guest.vm.forget_events();
+    guest.vm.execute("migrate", json!({"uri": uri}));
+    let delay = match phase {
+        Phase::Connection => dice.below(CONNECTING),
+        Phase::Ram => dice.below(usual.total),
+        Phase::SwitchOver => {
+            guest.vm.events_until("MIGRATION device");
+            dice.below(usual.downtime)
+        }
+    };
+    std::thread::sleep(delay);
+}
+
+/// Waits for the end, and holds the source to what must be true of it then. An undecided guest is continued, as
+/// its destination is known to be gone.
+#[track_caller]
+pub fn conclude(guest: &mut Guest<'_>) -> Outcome {
+    let info = guest.vm.migration_ends();
+    match info.status {
+        Some(MigrationStatus::Completed) => {
+            guest.vm.wait_for_state(RunState::Postmigrate);
+            Outcome::Arrived
+        }
+        Some(MigrationStatus::Cancelled) => {
+            guest.runs_on();
+            Outcome::RanOn
+        }
+        Some(MigrationStatus::Failed) => {
+            let why = info.error_desc.expect("a failure has a reason");
+            if guest.vm.run_state() == RunState::Running {
+                guest.runs_on();
+                return Outcome::RanOn;
+            }
+            assert_eq!(guest.vm.run_state(), RunState::Paused, "{why}");
+            for words in [
+                "during the hand-over",
+                "paused here",
+                "quit this one",
+                "'cont'",
+            ] {
+                assert!(why.contains(words), "no '{words}': {why}");
+            }
+            guest.vm.execute("cont", Value::Null);
+            guest.runs_on();
+            Outcome::Undecided
+        }
+        other => panic!("the migration is over, and {other:?}"),
+    }
+}

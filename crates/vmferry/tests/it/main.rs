@@ -1,0 +1,19 @@
+//! The command from end to end: real processes, a real guest under KVM that checks itself.
+//!
+//! Needs `/dev/kvm`; without it, the tests that do say `SKIPPED` and pass.
+
+mod common;
+
+mod cancelled;
+mod clock;
+mod command_line;
+mod damaged_line;
+mod demo;
+mod disk_full;
+mod events;
+mod killed;
+mod misfit;
+mod monitor;
+mod qemu_qmp;
+mod there_and_back;
+mod transports;
