@@ -62,7 +62,6 @@ fn over_the_monitor() {
 fn with_the_command() {
     rounds("cancelled with the command", |vm| {
         let cancelled = vm.command("cancel", &[]);
-        let status = vm.info().status;
         if cancelled.status.success() {
             let words = cancelled.succeeded();
             assert!(
@@ -71,7 +70,8 @@ fn with_the_command() {
             );
         } else {
             let words = cancelled.failed();
-            assert_eq!(status, Some(MigrationStatus::Completed), "{words}");
+            let end = vm.migration_ends().status;
+            assert_eq!(end, Some(MigrationStatus::Completed), "{words}");
             assert!(
                 words.contains("too late to cancel") || words.contains("the last one is completed"),
                 "{words}"

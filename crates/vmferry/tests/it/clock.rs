@@ -8,38 +8,38 @@ use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
 use crate::common::{eventually, say};
 
-/// A guest's clock and the host's at the same moment: when the guest has just begun a new second.
-fn look(guest: &Guest<'_>) -> (Duration, Instant) {
-    let now = || guest.story().last(0).map_or(0, |beat| beat.t);
-    let before = now();
-    let t = eventually("the next second", || {
-        let t = now();
-        (t > before).then_some(t)
-    });
-    (Duration::from_secs(t), Instant::now())
-}
+/// Seconds of the guest that are looked at; the one that was seen soonest counts.
+const LOOKS: usize = 4;
 
-/// How far the guest's clock has fallen behind the host's since `start`; negative if it went ahead.
-fn lag_ms(start: (Duration, Instant), now: (Duration, Instant)) -> i64 {
-    let host = (now.1 - start.1).as_millis() as i64;
-    let guest = (now.0 - start.0).as_millis() as i64;
-    host - guest
-}
-
-/// What a busy host adds to the time between a second's beginning in the guest and its being seen here.
+/// What a busy host adds to the time between a second's beginning in the guest and its being seen here, at best.
 const SEEING_MS: i64 = 500;
+
+/// How far the guest's clock is behind the host's since `start`, in milliseconds.
+fn behind_ms(guest: &Guest<'_>, start: Instant) -> i64 {
+    let now = || guest.story().last(0).map_or(0, |beat| beat.t);
+    let look = |_| {
+        let before = now();
+        let t = eventually("the next second", || {
+            let t = now();
+            (t > before).then_some(t)
+        });
+        start.elapsed().as_millis() as i64 - t as i64 * 1000
+    };
+    (0..LOOKS).map(look).min().expect("there are some")
+}
 
 #[test]
 fn over_migrations() {
     let Some(lab) = Lab::new() else { return };
     let mut guest = Guest::boot(&lab, Shape::small());
-    let start = look(&guest);
+    let start = Instant::now();
+    let before = behind_ms(&guest, start);
     let mut downtime = 0;
     for _ in 0..5 {
         downtime += guest.hop().downtime.expect("it is known at the end") as i64;
         guest.works();
     }
-    let lag = lag_ms(start, look(&guest));
+    let lag = behind_ms(&guest, start) - before;
     assert!(
         -SEEING_MS < lag && lag < downtime + SEEING_MS,
         "{lag} ms behind after {downtime} ms of downtime"
@@ -57,7 +57,8 @@ fn over_a_snapshot() {
     }
     let mut guest = Guest::boot(&lab, Shape::small());
     let file = lab.uri("file", "snapshot");
-    let start = look(&guest);
+    let start = Instant::now();
+    let before = behind_ms(&guest, start);
     guest.vm.migrate_command(&file, &[]).succeeded();
     guest.vm.ends();
     let stopped = Instant::now();
@@ -68,7 +69,7 @@ fn over_a_snapshot() {
     let away = stopped.elapsed().as_millis() as i64;
     guest.moved_to(resumed);
     guest.works();
-    let lag = lag_ms(start, look(&guest));
+    let lag = behind_ms(&guest, start) - before;
     // The time between the last look and the end of the source process is not known better than this.
     assert!(
         away - SEEING_MS < lag && lag < away + 2 * SEEING_MS,

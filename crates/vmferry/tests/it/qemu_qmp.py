@@ -53,8 +53,11 @@ async def drive(source_path: str, destination_path: str) -> None:
     assert (await destination.execute("query-status"))["running"]
 
     await source.execute("quit")
-    await source.disconnect()
     await destination.disconnect()
+    try:
+        await source.disconnect()
+    except EOFError:
+        pass  # The source was faster: it is gone, with its end of the connection.
 
 
 asyncio.run(asyncio.wait_for(drive(sys.argv[1], sys.argv[2]), timeout=50))
