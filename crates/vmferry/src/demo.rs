@@ -97,8 +97,11 @@ impl Plan {
     }
 
     fn kernel_args(&self) -> Vec<String> {
+        /// How long the guest takes to look through all its memory. People wait for two such sweeps.
+        const SWEEP_SECONDS: u64 = 4;
+        let sweep = ((self.working_set + self.cold) >> 12) / SWEEP_SECONDS;
         let cmdline = format!(
-            "ws={} rate={} pattern=random fill=random cold={} seed=1",
+            "ws={} rate={} pattern=random fill=random cold={} sweep={sweep} seed=1",
             self.working_set, self.rate, self.cold
         );
         ["--kernel", "guest:dirtier", "--cmdline", &cmdline]
