@@ -13,7 +13,7 @@ mod run_state;
 pub mod seam;
 pub mod source;
 mod status;
-pub mod transport;
+mod transport;
 mod zero;
 
 pub use destination::Destination;
@@ -23,5 +23,5 @@ pub use params::Parameters;
 pub use ram::{RamBlock, RamBlockError};
 pub use source::{Source, SteerError};
 pub use status::Status;
-pub use transport::{Uri, UriError};
+pub use transport::{TransportError, Uri, UriError};
 pub use vmferry_dirty::Discipline;
