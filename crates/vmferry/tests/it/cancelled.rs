@@ -7,8 +7,9 @@ use crate::common::dice::Dice;
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
 use crate::common::outcome::{Outcome, Tally, Usual, conclude, migrate_until, phase};
-use crate::common::say;
+use crate::common::proxy::{Fault, Place, Proxy};
 use crate::common::vm::Vm;
+use crate::common::{PATIENCE, eventually, say};
 
 const ROUNDS: usize = 15;
 
@@ -30,12 +31,7 @@ fn rounds(test: &str, cancel: impl Fn(&mut Vm)) {
             Outcome::RanOn => {
                 let status = guest.vm.info().status;
                 assert_eq!(status, Some(MigrationStatus::Cancelled));
-                // One that nobody has connected to yet goes on waiting.
-                let info = destination.qmp.query_migrate();
-                if !info.is_ok_and(|info| info.status == Some(MigrationStatus::Setup)) {
-                    let words = destination.ends_with_error();
-                    assert!(words.contains("the guest did not arrive"), "{words}");
-                }
+                gives_up(&mut destination);
                 guest.hop();
             }
             Outcome::Arrived => {
@@ -48,6 +44,37 @@ fn rounds(test: &str, cancel: impl Fn(&mut Vm)) {
     }
     guest.verifies_all();
     say(&format!("{test} at {ROUNDS} moments: {tally:?}"));
+}
+
+/// A destination whose source has cancelled: how it learns of that depends on how far it was.
+#[track_caller]
+fn gives_up(destination: &mut Vm) {
+    let state = eventually("the destination to notice", || {
+        if !destination.lives() {
+            return Some(None);
+        }
+        // It may end between two looks.
+        let info = destination.qmp.query_migrate().ok()?;
+        // One that nobody has connected to goes on waiting.
+        let settled = [MigrationStatus::Setup, MigrationStatus::Failed];
+        let status = info.status.filter(|status| settled.contains(status))?;
+        Some(Some((status, info.error_desc)))
+    });
+    match state {
+        None => {
+            let words = destination.ends_with_error();
+            assert!(words.contains("the guest did not arrive"), "{words}");
+        }
+        Some((MigrationStatus::Setup, _)) => {}
+        // It had loaded the guest, and was not told that it will not get it: it keeps it, stopped.
+        Some((_, Some(why))) if why.contains("during the hand-over") => {
+            assert_eq!(destination.run_state(), RunState::Paused);
+            say("a destination does not know that its source has cancelled");
+        }
+        Some(_) => {
+            destination.ends_with_error();
+        }
+    }
 }
 
 #[test]
@@ -92,7 +119,7 @@ fn the_migrating_command_says_so() {
     let migrating = crate::common::command::on_vm("migrate", &socket, &[&uri]);
     guest.vm.wait_for_status(MigrationStatus::Active);
     guest.vm.command("cancel", &[]).succeeded();
-    let words = migrating.finish_within(crate::common::PATIENCE).failed();
+    let words = migrating.finish_within(PATIENCE).failed();
     assert!(
         words.contains("the migration was cancelled; the guest is as it was"),
         "{words}"
@@ -102,4 +129,22 @@ fn the_migrating_command_says_so() {
 
     let words = guest.vm.command("cancel", &[]).failed();
     assert!(words.contains("there is no migration to cancel"), "{words}");
+}
+
+/// At the last moment: the destination has loaded the guest, but its word of that is not here yet.
+#[test]
+fn during_the_hand_over() {
+    let Some(lab) = Lab::new() else { return };
+    let mut guest = Guest::boot(&lab, Shape::small());
+    let mut destination = guest.tcp_destination();
+    let proxy = Proxy::new(&destination.uri(), Place::BeforeLoaded, Fault::Silence);
+    guest.vm.execute("migrate", json!({"uri": proxy.uri}));
+    guest.vm.wait_for_status(MigrationStatus::Device);
+    destination.wait_for_status(MigrationStatus::Device);
+    let words = guest.vm.command("cancel", &[]).succeeded();
+    assert!(words.contains("The guest is running."), "{words}");
+    gives_up(&mut destination);
+    guest.runs_on();
+    guest.hop();
+    guest.verifies_all();
 }
