@@ -58,6 +58,9 @@ pub enum MigrationError {
     /// The user cancelled.
     #[error("the migration was cancelled")]
     Cancelled,
+    /// The source was cancelled or failed after the guest had been loaded here, and said so.
+    #[error("the source has kept its guest: the migration was cancelled there, or failed")]
+    Kept,
     /// The connection was lost while the guest changed hands: nobody can know from here whether it runs on
     /// the other side. It stays paused on this side.
     #[error(

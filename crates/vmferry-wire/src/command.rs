@@ -14,12 +14,16 @@ pub enum Command {
     SwitchoverStart,
     /// vmferry's 0x7601: the source has given the guest up; the destination is to run it.
     HandoverRun,
+    /// vmferry's 0x7602: the source keeps the guest after all (it was cancelled, say); the destination is to
+    /// forget its copy.
+    HandoverKeep,
 }
 
 const OPEN_RETURN_PATH: u16 = 1;
 const PING: u16 = 2;
 const SWITCHOVER_START: u16 = 11;
 const HANDOVER_RUN: u16 = 0x7601;
+const HANDOVER_KEEP: u16 = 0x7602;
 
 /// A command whose number and payload length have arrived.
 pub(crate) enum Announced {
@@ -49,6 +53,7 @@ impl Command {
             Command::Ping(_) => "PING",
             Command::SwitchoverStart => "SWITCHOVER_START",
             Command::HandoverRun => "HANDOVER_RUN",
+            Command::HandoverKeep => "HANDOVER_KEEP",
         }
     }
 
@@ -59,6 +64,7 @@ impl Command {
             Command::Ping(value) => (PING, Some(value)),
             Command::SwitchoverStart => (SWITCHOVER_START, None),
             Command::HandoverRun => (HANDOVER_RUN, None),
+            Command::HandoverKeep => (HANDOVER_KEEP, None),
         };
         out.extend_from_slice(&number.to_be_bytes());
         match payload {
@@ -78,6 +84,7 @@ impl Command {
             PING => (Announced::WithNumber(Command::Ping), 4),
             SWITCHOVER_START => (Announced::Bare(Command::SwitchoverStart), 0),
             HANDOVER_RUN => (Announced::Bare(Command::HandoverRun), 0),
+            HANDOVER_KEEP => (Announced::Bare(Command::HandoverKeep), 0),
             3 => return unsupported("POSTCOPY_ADVISE"),
             4 => return unsupported("POSTCOPY_LISTEN"),
             5 => return unsupported("POSTCOPY_RUN"),

@@ -56,7 +56,8 @@
 //! ```
 //!
 //! Up to its commit the source may resume the guest at any failure; the destination may give up at any time
-//! up to its `HandoverLoaded`, with [`ReturnPathMessage::Error`] and then `Shut(1)`. From there on a lost
+//! up to its `HandoverLoaded`, with [`ReturnPathMessage::Error`] and then `Shut(1)`. A source that keeps its
+//! guest after that (cancelled at the last moment) says so with [`Command::HandoverKeep`]. Otherwise a lost
 //! channel leaves the one who lost it unable to know whether the other runs the guest. It keeps the guest,
 //! paused, and its user decides: nothing is lost, and nothing runs twice. In states:
 //!
@@ -68,10 +69,10 @@
 //!                Resumed                   Resumed                      Undecided: paused
 //!
 //!  destination:  Loading --HandoverLoaded--> Loaded --HandoverRun--> Running
-//!                   |                          |
-//!                   | any failure              | lost channel, EOF without HandoverRun
-//!                   v                          v
-//!                Given up                   Undecided: paused
+//!                   |                        |    |
+//!                   | any failure            |    | lost channel
+//!                   v                        |    v
+//!                Given up <--HandoverKeep----+  Undecided: paused
 //! ```
 //!
 //! The decoder holds a two-way stream to it: an EOF without `HandoverRun` is an error there, as is a

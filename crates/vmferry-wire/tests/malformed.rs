@@ -133,13 +133,26 @@ fn after(way: Way, last: &str, more: &[u8]) -> Vec<u8> {
     stream
 }
 
+fn encoded(command: Command) -> Vec<u8> {
+    let mut out = Vec::new();
+    Encoder::new(layout()).command(&mut out, command);
+    out
+}
+
+#[test]
+fn a_guest_that_is_kept_ends_the_stream() {
+    let keep = encoded(Command::HandoverKeep);
+    let stream = after(Way::Two, "vmdesc", &keep);
+    let mut decoder = Decoder::new(stream.as_slice(), layout());
+    while decoder.next().unwrap() != Event::Command(Command::HandoverKeep) {}
+    assert!(decoder.next().is_err());
+    let got = error(&after(Way::Two, "cpu", &keep));
+    assert!(got.to_string().contains("HANDOVER_KEEP"), "{got}");
+}
+
 #[test]
 fn hand_over_only_where_it_belongs() {
-    let run = {
-        let mut out = Vec::new();
-        Encoder::new(layout()).command(&mut out, Command::HandoverRun);
-        out
-    };
+    let run = encoded(Command::HandoverRun);
     for (way, last) in [
         (Way::One, "configuration"),
         (Way::One, "cpu"),
@@ -156,8 +169,8 @@ fn hand_over_only_where_it_belongs() {
     assert_eq!(
         got.to_string(),
         format!(
-            "the EOF at byte {} of the stream, where the command HANDOVER_RUN was expected; the stream is \
-             damaged or its sender speaks another protocol",
+            "the EOF at byte {} of the stream, where the command HANDOVER_RUN or HANDOVER_KEEP was expected; \
+             the stream is damaged or its sender speaks another protocol",
             after(Way::Two, "vmdesc", &[]).len()
         )
     );

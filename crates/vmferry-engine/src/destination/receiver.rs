@@ -22,6 +22,14 @@ const UPDATE_INTERVAL: u64 = 4096;
 /// How long the source gets to read why its guest was refused.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// What the source does with a guest that is loaded here.
+enum Decision {
+    /// It has given the guest up.
+    Run,
+    /// It goes on with it.
+    Keep,
+}
+
 /// One incoming stream.
 pub(super) struct Receiver<'a> {
     guest: &'a dyn Guest,
@@ -140,8 +148,8 @@ impl<'a> Receiver<'a> {
                 self.populator.stop();
                 self.shared.enter(Status::Device);
             }
-            // The decoder lets it pass only where `take_over` waits for it.
-            Command::HandoverRun => {}
+            // The decoder lets them pass only where `take_over` waits for them.
+            Command::HandoverRun | Command::HandoverKeep => {}
         }
         Ok(())
     }
@@ -172,14 +180,18 @@ impl<'a> Receiver<'a> {
         self.guest.load_devices(&self.devices)?;
         if self.two_way {
             self.answer(&ReturnPathMessage::HandoverLoaded)?;
-            if let Err(lost) = self.wait_for_run() {
+            match self.wait_for_decision() {
+                Ok(Decision::Run) => {}
+                Ok(Decision::Keep) => return Err(MigrationError::Kept),
                 // The source may have given the guest up, with its word lost on the way; or not. Nobody
                 // may run it before its user has looked, and nobody may throw it away.
-                self.guest.start(Activity::Paused, paused_since.elapsed())?;
-                return Err(MigrationError::Undecided {
-                    peer: "source",
-                    why: lost.to_string(),
-                });
+                Err(lost) => {
+                    self.guest.start(Activity::Paused, paused_since.elapsed())?;
+                    return Err(MigrationError::Undecided {
+                        peer: "source",
+                        why: lost.to_string(),
+                    });
+                }
             }
         }
         self.guest.start(self.activity, paused_since.elapsed())?;
@@ -188,10 +200,12 @@ impl<'a> Receiver<'a> {
         Ok(())
     }
 
-    fn wait_for_run(&mut self) -> Result<(), StreamError> {
+    fn wait_for_decision(&mut self) -> Result<Decision, StreamError> {
         loop {
-            if let Event::Command(Command::HandoverRun) = self.stream.next()? {
-                return Ok(());
+            match self.stream.next()? {
+                Event::Command(Command::HandoverRun) => return Ok(Decision::Run),
+                Event::Command(Command::HandoverKeep) => return Ok(Decision::Keep),
+                _ => {}
             }
         }
     }

@@ -1,5 +1,7 @@
 //! The switch-over: the last pages, the devices, and the guest itself change sides.
 
+use std::time::{Duration, Instant};
+
 use vmferry_dirty::DirtyTracker;
 use vmferry_wire::{Command, DescribedSection, ReturnPathMessage, vm_description};
 
@@ -45,6 +47,19 @@ impl Driver<'_> {
         Ok(())
     }
 
+    /// Waits until the destination has loaded the guest; nobody answers on a one-way stream.
+    fn wait_until_loaded(&self, timeout: Duration) -> Result<(), MigrationError> {
+        let Some(return_path) = &self.return_path else {
+            return Ok(());
+        };
+        match return_path.wait(timeout, "not said that it has loaded the guest")? {
+            ReturnPathMessage::HandoverLoaded => Ok(()),
+            other => Err(MigrationError::Refused(format!(
+                "unexpected answer {other:?} instead of a guest that is loaded"
+            ))),
+        }
+    }
+
     /// Gives the guest away, once the destination has said that it has all of it.
     ///
     /// Whatever fails before [`give_away`](super::shared::Shared::give_away) leaves the guest ours. From
@@ -52,22 +67,20 @@ impl Driver<'_> {
     /// paused here and its user decides. A one-way stream has nobody to ask, and is complete when written.
     pub(super) fn hand_over(&mut self) -> Result<(), MigrationError> {
         let timeout = self.shared.parameters().peer_timeout;
-        let Some(return_path) = &self.return_path else {
-            return match self.shared.give_away() {
-                true => Ok(()),
-                false => Err(MigrationError::Cancelled),
-            };
-        };
-        match return_path.wait(timeout, "not said that it has loaded the guest")? {
-            ReturnPathMessage::HandoverLoaded => {}
-            other => {
-                return Err(MigrationError::Refused(format!(
-                    "unexpected answer {other:?} instead of a guest that is loaded"
-                )));
-            }
+        let loaded = self.wait_until_loaded(timeout);
+        let given_away = loaded.and_then(|()| match self.shared.give_away() {
+            true => Ok(()),
+            false => Err(MigrationError::Cancelled),
+        });
+        if self.return_path.is_none() {
+            return given_away;
         }
-        if !self.shared.give_away() {
-            return Err(MigrationError::Cancelled);
+        if let Err(error) = given_away {
+            // A destination that has loaded the guest would else keep its copy, in doubt. If it cannot be
+            // told at once, it is in doubt, and does not run it either.
+            self.writer.command(Command::HandoverKeep);
+            let _ = self.flush(Some(Instant::now()));
+            return Err(error);
         }
         self.writer.command(Command::HandoverRun);
         self.writer.put(|e, out| e.eof(out));

@@ -23,7 +23,7 @@ pub(super) enum Phase {
     HandedOver,
     /// The EOF of a one-way stream without VMDESCRIPTION, which may still come.
     Ended,
-    /// The last byte of a stream.
+    /// The last byte of a stream: its EOF, or `HandoverKeep`.
     Complete,
     /// An error.
     Failed,
@@ -57,7 +57,7 @@ impl Phase {
             (Phase::Devices, Channel::OneWay) => "a device section, a VMDESCRIPTION or the EOF",
             (Phase::Devices, Channel::TwoWay) => "a device section or the VMDESCRIPTION",
             (Phase::Described, Channel::OneWay) => "the EOF",
-            (Phase::Described, Channel::TwoWay) => "the command HANDOVER_RUN",
+            (Phase::Described, Channel::TwoWay) => "the command HANDOVER_RUN or HANDOVER_KEEP",
             (Phase::HandedOver, _) => "the EOF",
             (Phase::Ended, _) => "a VMDESCRIPTION or the end of the stream",
             (Phase::Complete | Phase::Failed, _) => "nothing more",

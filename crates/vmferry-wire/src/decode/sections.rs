@@ -214,6 +214,9 @@ impl<R: Read> Decoder<R> {
             (Command::HandoverRun, Phase::Described, Channel::TwoWay, _) => {
                 self.phase = Phase::HandedOver;
             }
+            (Command::HandoverKeep, Phase::Described, Channel::TwoWay, _) => {
+                self.phase = Phase::Complete;
+            }
             _ => return Err(self.unexpected(offset, format!("command {}", command.name()))),
         }
         Ok(Step::Command(command))
