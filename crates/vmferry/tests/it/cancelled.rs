@@ -6,10 +6,10 @@ use vmferry_control::schema::{MigrationStatus, RunState};
 use crate::common::dice::Dice;
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
-use crate::common::outcome::{Outcome, Tally, Usual, conclude, migrate_until, phase};
+use crate::common::outcome::{Outcome, Tally, Usual, conclude, gives_up, migrate_until, phase};
 use crate::common::proxy::{Fault, Place, Proxy};
 use crate::common::vm::Vm;
-use crate::common::{PATIENCE, eventually, say};
+use crate::common::{PATIENCE, say};
 
 const ROUNDS: usize = 15;
 
@@ -44,37 +44,6 @@ fn rounds(test: &str, cancel: impl Fn(&mut Vm)) {
     }
     guest.verifies_all();
     say(&format!("{test} at {ROUNDS} moments: {tally:?}"));
-}
-
-/// A destination whose source has cancelled: how it learns of that depends on how far it was.
-#[track_caller]
-fn gives_up(destination: &mut Vm) {
-    let state = eventually("the destination to notice", || {
-        if !destination.lives() {
-            return Some(None);
-        }
-        // It may end between two looks.
-        let info = destination.qmp.query_migrate().ok()?;
-        // One that nobody has connected to goes on waiting.
-        let settled = [MigrationStatus::Setup, MigrationStatus::Failed];
-        let status = info.status.filter(|status| settled.contains(status))?;
-        Some(Some((status, info.error_desc)))
-    });
-    match state {
-        None => {
-            let words = destination.ends_with_error();
-            assert!(words.contains("the guest did not arrive"), "{words}");
-        }
-        Some((MigrationStatus::Setup, _)) => {}
-        // It had loaded the guest, and was not told that it will not get it: it keeps it, stopped.
-        Some((_, Some(why))) if why.contains("during the hand-over") => {
-            assert_eq!(destination.run_state(), RunState::Paused);
-            say("a destination does not know that its source has cancelled");
-        }
-        Some(_) => {
-            destination.ends_with_error();
-        }
-    }
 }
 
 #[test]

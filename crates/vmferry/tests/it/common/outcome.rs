@@ -7,6 +7,8 @@ use vmferry_control::schema::{MigrationInfo, MigrationStatus, RunState};
 
 use super::dice::Dice;
 use super::guest::Guest;
+use super::vm::Vm;
+use super::{eventually, say};
 
 /// When a migration is disturbed.
 #[derive(Clone, Copy, Debug)]
@@ -129,5 +131,36 @@ pub fn conclude(guest: &mut Guest<'_>) -> Outcome {
             Outcome::Undecided
         }
         other => panic!("the migration is over, and {other:?}"),
+    }
+}
+
+/// A destination whose source keeps its guest: how it learns of that depends on how far it was.
+#[track_caller]
+pub fn gives_up(destination: &mut Vm) {
+    let state = eventually("the destination to notice", || {
+        if !destination.lives() {
+            return Some(None);
+        }
+        // It may end between two looks.
+        let info = destination.qmp.query_migrate().ok()?;
+        // One that nobody has connected to goes on waiting.
+        let settled = [MigrationStatus::Setup, MigrationStatus::Failed];
+        let status = info.status.filter(|status| settled.contains(status))?;
+        Some(Some((status, info.error_desc)))
+    });
+    match state {
+        None => {
+            let words = destination.ends_with_error();
+            assert!(words.contains("the guest did not arrive"), "{words}");
+        }
+        Some((MigrationStatus::Setup, _)) => {}
+        // It had loaded the guest, and was not told that it will not get it: it keeps it, stopped.
+        Some((_, Some(why))) if why.contains("during the hand-over") => {
+            assert_eq!(destination.run_state(), RunState::Paused);
+            say("a destination was not told that its source keeps the guest");
+        }
+        Some(_) => {
+            destination.ends_with_error();
+        }
     }
 }
