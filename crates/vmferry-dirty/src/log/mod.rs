@@ -56,4 +56,11 @@ pub trait DirtyLog: Send + Sync {
     /// the range's first page. Only pages that a fetch has reported may be named: arming forgets the page's
     /// past writes. `range.start` is a multiple of 64, and so is `range.end` unless it is the block's end.
     fn arm(&self, block: BlockIndex, range: PageRange, pages: &[u64]) -> Result<(), LogError>;
+
+    /// How many pages each vCPU has had logged since the log was last started, vCPU 0 first; `None` if this log
+    /// cannot tell who wrote. A page counts once for each time that it was armed and written again, and only what
+    /// a [`fetch`](Self::fetch) (or the log by itself) has collected counts: fetch before reading it.
+    fn written_per_vcpu(&self) -> Option<Vec<u64>> {
+        None
+    }
 }

@@ -127,6 +127,11 @@ impl<L: DirtyLog> DirtyLog for WithVmmWrites<L> {
     fn arm(&self, block: BlockIndex, range: PageRange, pages: &[u64]) -> Result<(), LogError> {
         self.hypervisor.arm(block, range, pages)
     }
+
+    // The VMM is no vCPU.
+    fn written_per_vcpu(&self) -> Option<Vec<u64>> {
+        self.hypervisor.written_per_vcpu()
+    }
 }
 
 #[cfg(test)]
