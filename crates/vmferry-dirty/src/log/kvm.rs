@@ -9,51 +9,22 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
-    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log,
-    kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVMIO, kvm_clear_dirty_log, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
+use super::kvm_slots::{KvmSlot, KvmSlots};
 use super::{DirtyLog, LogError};
 use crate::units::{BlockIndex, PAGE_SIZE, PageRange};
 use crate::words::WORD_BITS;
 
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
-/// A KVM memory slot and the pages of a RAM block that it shows to the guest.
-#[derive(Clone, Copy, Debug)]
-pub struct KvmSlot {
-    /// The slot's number.
-    pub slot: u32,
-    /// Where the guest sees it, in bytes.
-    pub guest_addr: u64,
-    /// Where this process has it mapped, in bytes.
-    pub host_addr: u64,
-    /// The RAM block that the slot is part of.
-    pub block: BlockIndex,
-    /// The slot's first page in that block; a multiple of 64.
-    pub first_page: usize,
-    /// Pages in the slot.
-    pub pages: usize,
-}
-
-impl KvmSlot {
-    fn range(&self) -> PageRange {
-        PageRange::new(self.first_page, self.first_page + self.pages)
-    }
-}
-
 /// The dirty log of a KVM virtual machine, switched on and off for a set of slots.
-///
-/// # Invariant
-///
-/// Every slot in `slots` is registered with the virtual machine exactly as described there, from
-/// [`KvmDirtyLog::new`] on for as long as this value lives.
 pub struct KvmDirtyLog {
-    vm: Arc<VmFd>,
-    slots: Vec<KvmSlot>,
+    slots: KvmSlots,
     manual_protect: bool,
 }
 
@@ -65,10 +36,6 @@ impl KvmDirtyLog {
     /// The slots must be registered with `vm` as described, without flags, and stay registered, and their
     /// memory mapped, while the returned value lives: the log is switched on by registering them again.
     pub unsafe fn new(vm: Arc<VmFd>, slots: Vec<KvmSlot>) -> Result<Self, LogError> {
-        assert!(
-            slots.iter().all(|s| s.first_page % WORD_BITS == 0),
-            "a slot begins in the middle of a bitmap word"
-        );
         let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
         let offered = vm
             .check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into())
@@ -80,36 +47,16 @@ impl KvmDirtyLog {
                 args: [flags.into(), 0, 0, 0],
                 ..Default::default()
             };
-            vm.enable_cap(&cap).map_err(|e| {
-                kernel_error("enable manual protection of the dirty log", BlockIndex(0))(e)
+            vm.enable_cap(&cap).map_err(|e| LogError::Machine {
+                action: "enable manual protection of the dirty log",
+                source: e.into(),
             })?;
         }
         Ok(KvmDirtyLog {
-            vm,
-            slots,
+            // SAFETY: passed on to the caller.
+            slots: unsafe { KvmSlots::new(vm, slots) },
             manual_protect: flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0,
         })
-    }
-
-    fn set_flags(&self, flags: u32, action: &'static str) -> Result<(), LogError> {
-        for slot in &self.slots {
-            let region = kvm_userspace_memory_region {
-                slot: slot.slot,
-                flags,
-                guest_phys_addr: slot.guest_addr,
-                memory_size: (slot.pages * PAGE_SIZE) as u64,
-                userspace_addr: slot.host_addr,
-            };
-            // SAFETY: by the type's invariant this very region is registered already and its memory is
-            // mapped; only its flags change.
-            unsafe { self.vm.set_user_memory_region(region) }
-                .map_err(kernel_error(action, slot.block))?;
-        }
-        Ok(())
-    }
-
-    fn slots_of(&self, block: BlockIndex) -> impl Iterator<Item = &KvmSlot> {
-        self.slots.iter().filter(move |s| s.block == block)
     }
 }
 
@@ -123,17 +70,18 @@ fn kernel_error(action: &'static str, block: BlockIndex) -> impl Fn(kvm_ioctls::
 
 impl DirtyLog for KvmDirtyLog {
     fn start(&self) -> Result<(), LogError> {
-        self.set_flags(KVM_MEM_LOG_DIRTY_PAGES, "switch the KVM dirty log on")
+        self.slots.log_on()
     }
 
     fn stop(&self) -> Result<(), LogError> {
-        self.set_flags(0, "switch the KVM dirty log off")
+        self.slots.log_off()
     }
 
     fn fetch(&self, block: BlockIndex, into: &mut [u64]) -> Result<(), LogError> {
-        for slot in self.slots_of(block) {
+        for slot in self.slots.table().of(block) {
             let words = self
-                .vm
+                .slots
+                .vm()
                 .get_dirty_log(slot.slot, slot.pages * PAGE_SIZE)
                 .map_err(kernel_error("fetch the KVM dirty log", block))?;
             let first = slot.first_page / WORD_BITS;
@@ -153,7 +101,7 @@ impl DirtyLog for KvmDirtyLog {
     }
 
     fn arm(&self, block: BlockIndex, range: PageRange, pages: &[u64]) -> Result<(), LogError> {
-        for slot in self.slots_of(block) {
+        for slot in self.slots.table().of(block) {
             let here = PageRange::new(
                 range.start.0.max(slot.first_page),
                 range.end.0.min(slot.range().end.0),
@@ -172,7 +120,7 @@ impl DirtyLog for KvmDirtyLog {
             clear.__bindgen_anon_1.dirty_bitmap = words.as_ptr().cast_mut().cast();
             // SAFETY: the kernel reads num_pages bits, rounded up to whole words, from dirty_bitmap, which
             // `words` holds (sliced above, with bounds checked); it writes nothing through the pointer.
-            let result = unsafe { ioctl_with_ref(&*self.vm, KVM_CLEAR_DIRTY_LOG(), &clear) };
+            let result = unsafe { ioctl_with_ref(self.slots.vm(), KVM_CLEAR_DIRTY_LOG(), &clear) };
             if result != 0 {
                 return Err(LogError::Kernel {
                     action: "re-arm the KVM dirty log",

@@ -9,9 +9,13 @@
 use crate::units::{BlockIndex, PageRange};
 
 mod kvm;
+mod kvm_ring;
+mod kvm_slots;
 mod vmm_writes;
 
-pub use kvm::{KvmDirtyLog, KvmSlot};
+pub use kvm::KvmDirtyLog;
+pub use kvm_ring::{KvmDirtyRing, KvmDirtyRings, RingSize};
+pub use kvm_slots::KvmSlot;
 pub use vmm_writes::{VmmWriteLog, VmmWrites, WithVmmWrites};
 
 /// What went wrong with a dirty log.
@@ -26,6 +30,25 @@ pub enum LogError {
         block: BlockIndex,
         /// The kernel's answer.
         source: std::io::Error,
+    },
+    /// The kernel refused an operation on the log of the whole virtual machine.
+    #[error("cannot {action}: {source}")]
+    Machine {
+        /// What was attempted, as a verb phrase ("enable the dirty rings of the vCPUs").
+        action: &'static str,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// The host's KVM has no dirty ring.
+    #[error("this host's KVM has no dirty ring (Linux 5.11 and newer have it): use its dirty log")]
+    NoRing,
+    /// A dirty ring cannot have so many entries.
+    #[error("a dirty ring cannot have {entries} entries: {hint}")]
+    RingSize {
+        /// How many were asked for.
+        entries: u32,
+        /// What is possible.
+        hint: String,
     },
 }
 
