@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::path::PathBuf;
 
 use vmferry_dirty::PAGE_SIZE;
+use vmferry_dirty::log::RingSize;
 
 use crate::error::MachineError;
 
@@ -30,6 +31,18 @@ pub enum Backing {
     Private,
     /// A memfd, which other processes can map.
     Memfd,
+}
+
+/// Which of KVM's dirty logs finds out what the guest writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DirtyLogChoice {
+    /// Whichever is known to serve better.
+    #[default]
+    Auto,
+    /// Bitmaps, one a memory slot.
+    Log,
+    /// Rings, one a vCPU, each of this size. Building the machine fails where KVM has none.
+    Ring(RingSize),
 }
 
 /// Where the guest's serial port leads.
@@ -69,6 +82,8 @@ pub struct MachineConfig {
     pub memory: u64,
     /// What the RAM is made of.
     pub backing: Backing,
+    /// How writes to the RAM are logged while the guest migrates.
+    pub dirty_log: DirtyLogChoice,
     /// What it boots. Only a machine with `incoming` can do without; the guest that arrives there cannot be
     /// reset then.
     pub kernel: Option<KernelSource>,
@@ -135,6 +150,7 @@ mod tests {
             cpus: 2,
             memory: 64 << 20,
             backing: Backing::Private,
+            dirty_log: DirtyLogChoice::Auto,
             kernel: Some(KernelSource::Bytes(Cow::Borrowed(b"kernel"))),
             initrd: None,
             cmdline: String::new(),

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `config` | what a machine is made of, and what is refused |
 //! | `memory` | one RAM block, seen by the guest in two pieces around the hole below 4 GiB |
+//! | `dirty_log` | which of KVM's dirty logs the machine has |
 //! | `boot` | kernels: PVH ELF images and bzImages |
 //! | `vcpu` | threads that run guest code, and the gate that holds them |
 //! | `devices` | port I/O: the serial port and its back ends, the reset line of the i8042 |
@@ -18,6 +19,7 @@ mod boot;
 mod config;
 mod cpuid;
 mod devices;
+mod dirty_log;
 mod error;
 mod hypervisor;
 mod layout;
@@ -32,7 +34,9 @@ mod tests;
 mod vcpu;
 
 pub use boot::BootError;
-pub use config::{Backing, KernelSource, MachineConfig, OnReset, SerialConfig};
+pub use config::{Backing, DirtyLogChoice, KernelSource, MachineConfig, OnReset, SerialConfig};
+pub use dirty_log::DirtyLogKind;
 pub use error::MachineError;
 pub use machine::{Machine, MachineEvent, OnEvent, VcpuInfo};
 pub use run_state::RunState;
+pub use vmferry_dirty::log::RingSize;

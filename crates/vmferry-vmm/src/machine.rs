@@ -5,12 +5,13 @@ use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::Kvm;
 use vm_superio::SerialState;
-use vmferry_dirty::log::{KvmDirtyLog, WithVmmWrites};
+use vmferry_dirty::DirtyLog;
 
 use crate::boot::{Images, Occasion};
 use crate::config::{MachineConfig, OnReset};
 use crate::cpuid;
 use crate::devices::{Bus, SerialPort};
+use crate::dirty_log::{Chosen, DirtyLogKind};
 use crate::error::{Attempt, MachineError};
 use crate::hypervisor::Hypervisor;
 use crate::layout::SERIAL_IRQ;
@@ -105,7 +106,8 @@ pub struct Machine {
     pub(crate) config: MachineConfig,
     pub(crate) hypervisor: Hypervisor,
     pub(crate) ram: GuestRam,
-    pub(crate) log: WithVmmWrites<KvmDirtyLog>,
+    pub(crate) log: Box<dyn DirtyLog>,
+    log_kind: DirtyLogKind,
     /// MSRs that make up a vCPU's state.
     pub(crate) msrs: Vec<u32>,
     pub(crate) vcpus: Vec<Arc<Vcpu>>,
@@ -128,7 +130,8 @@ impl Machine {
         let hypervisor = Hypervisor::new(|kvm: &Kvm| config.validate(kvm.get_max_vcpus()))?;
         let images = Images::read(&config)?;
         let ram = GuestRam::new(config.memory, config.backing)?;
-        let log = ram.attach(&hypervisor.vm)?;
+        ram.attach(&hypervisor.vm)?;
+        let log = Chosen::new(config.dirty_log, &hypervisor.vm)?;
 
         let vcpus = (0..config.cpus)
             .map(|index| {
@@ -136,6 +139,9 @@ impl Machine {
                 Vcpu::new(&hypervisor.vm, index, cpuid).map(Arc::new)
             })
             .collect::<Result<Vec<_>, _>>()?;
+        let log = ram.log(log, &vcpus)?;
+        let (log_kind, ring) = (log.kind(), log.ring());
+        tracing::info!(%log_kind, chosen = ?config.dirty_log, "dirty log of the guest");
         let first = vcpus[0].lock();
         let msrs = msrs::to_save(&first.fd, &hypervisor.msrs)?;
         let offers = Description {
@@ -181,8 +187,9 @@ impl Machine {
             }),
             config,
             hypervisor,
+            log: log.with(ram.writes()),
+            log_kind,
             ram,
-            log,
             msrs,
             vcpus,
             gate,
@@ -203,6 +210,7 @@ impl Machine {
                 vcpu.clone(),
                 machine.gate.clone(),
                 machine.bus.clone(),
+                ring.clone(),
             )?;
             machine.threads.push(thread);
         }
@@ -217,6 +225,11 @@ impl Machine {
     /// What the machine was built from.
     pub fn config(&self) -> &MachineConfig {
         &self.config
+    }
+
+    /// The dirty log that was chosen for it.
+    pub fn dirty_log_kind(&self) -> DirtyLogKind {
+        self.log_kind
     }
 
     /// What the machine is doing.

@@ -10,13 +10,15 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
-use vmferry_dirty::log::{KvmDirtyLog, KvmSlot, VmmWriteLog, VmmWrites, WithVmmWrites};
+use vmferry_dirty::log::{KvmSlot, VmmWriteLog, VmmWrites};
 use vmferry_dirty::{BlockIndex, PAGE_SIZE};
 use vmferry_engine::seam::RamBlock;
 
 use crate::config::Backing;
+use crate::dirty_log::{Chosen, KvmLog};
 use crate::error::{Attempt, MachineError};
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END};
+use crate::vcpu::Vcpu;
 
 /// The RAM block's name in the stream; QEMU's microvm calls it so.
 pub(crate) const BLOCK_NAME: &str = "microvm.ram";
@@ -212,8 +214,8 @@ impl GuestRam {
         })
     }
 
-    /// Shows the RAM to the guest of `vm`, and sets up the log of writes to it. The RAM must outlive `vm`.
-    pub fn attach(&self, vm: &Arc<VmFd>) -> Result<WithVmmWrites<KvmDirtyLog>, MachineError> {
+    /// Shows the RAM to the guest of `vm`. The RAM must outlive `vm`.
+    pub fn attach(&self, vm: &VmFd) -> Result<(), MachineError> {
         for slot in &self.slots {
             let region = kvm_userspace_memory_region {
                 slot: slot.slot,
@@ -226,9 +228,19 @@ impl GuestRam {
             // writes access; the caller keeps it alive.
             unsafe { vm.set_user_memory_region(region) }.attempt("register guest memory")?;
         }
-        // SAFETY: the slots were registered just now as described and are never changed elsewhere.
-        let log = unsafe { KvmDirtyLog::new(vm.clone(), self.slots.clone()) }?;
-        Ok(WithVmmWrites::new(log, vec![self.writes.clone()]))
+        Ok(())
+    }
+
+    /// Completes the log of a guest that the RAM is attached to. Returns it without the VMM's own writes, which
+    /// [`writes`](Self::writes) has.
+    pub fn log(&self, chosen: Chosen, vcpus: &[Arc<Vcpu>]) -> Result<KvmLog, MachineError> {
+        // SAFETY: `attach` has registered the slots as described, and they are never changed elsewhere.
+        Ok(unsafe { chosen.complete(self.slots.clone(), vcpus) }?)
+    }
+
+    /// What the VMM itself has written, of each block.
+    pub fn writes(&self) -> Vec<Arc<VmmWriteLog>> {
+        vec![self.writes.clone()]
     }
 }
 

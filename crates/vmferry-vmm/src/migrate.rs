@@ -25,7 +25,7 @@ impl Guest for Machine {
     }
 
     fn dirty_log(&self) -> &dyn DirtyLog {
-        &self.log
+        &*self.log
     }
 
     fn describe(&self) -> Result<DeviceState, GuestError> {

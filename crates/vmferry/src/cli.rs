@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use vmferry_control::units::{parse_bandwidth, parse_duration, parse_size};
 use vmferry_engine::{Discipline, Uri};
-use vmferry_vmm::SerialConfig;
+use vmferry_vmm::{DirtyLogChoice, RingSize, SerialConfig};
 
 /// Live migration and fault tolerance for KVM virtual machines.
 #[derive(Debug, Parser)]
@@ -82,6 +82,23 @@ fn parse_serial(text: &str) -> Result<SerialConfig, String> {
     }
 }
 
+fn parse_dirty_log(text: &str) -> Result<DirtyLogChoice, String> {
+    match (text, text.split_once(':')) {
+        ("auto", None) => Ok(DirtyLogChoice::Auto),
+        ("log", None) => Ok(DirtyLogChoice::Log),
+        ("ring", None) => Ok(DirtyLogChoice::Ring(RingSize::default())),
+        (_, Some(("ring", entries))) => {
+            let entries = entries
+                .parse()
+                .map_err(|_| format!("'{entries}' is no number of entries"))?;
+            RingSize::new(entries)
+                .map(DirtyLogChoice::Ring)
+                .map_err(|e| e.to_string())
+        }
+        _ => Err("use auto, log, ring or ring:ENTRIES".to_owned()),
+    }
+}
+
 /// `unix:PATH`, the address of a monitor. The prefix may be left out.
 fn parse_monitor(text: &str) -> Result<PathBuf, String> {
     match text.strip_prefix("unix:").unwrap_or(text) {
@@ -125,6 +142,10 @@ pub struct Run {
     /// RAM of the guest
     #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = parse_size)]
     pub memory: u64,
+    /// How writes of the guest are logged while it migrates: log (KVM's bitmaps), ring (KVM's dirty rings, one a vCPU;
+    /// with :N of N entries each, a power of two), or auto
+    #[arg(long, value_name = "auto|log|ring[:N]", default_value = "auto", value_parser = parse_dirty_log)]
+    pub dirty_log: DirtyLogChoice,
     /// Where the serial port leads: stdio, null, file:PATH or unix:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = parse_serial)]
     pub serial: SerialConfig,
@@ -232,6 +253,9 @@ mod tests {
             (&["run", "--serial", "tcp:1"], "file:PATH"),
             (&["run", "--incoming", "nowhere"], "tcp:HOST:PORT"),
             (&["run", "--memory", "1.5.2G"], "1.5.2G"),
+            (&["run", "--dirty-log", "bitmap"], "ring:ENTRIES"),
+            (&["run", "--dirty-log", "ring:"], "no number of entries"),
+            (&["run", "--dirty-log", "ring:1000"], "a power of two"),
             (&["migrate", "--qmp", "unix:", "tcp:a:1"], "unix:PATH"),
             (
                 &["migrate", "--qmp", "x", "tcp:a:1", "--discipline", "none"],

@@ -222,16 +222,22 @@ impl KvmDirtyRings {
             collected: Written::new(&slots.table().block_pages()),
             unreset: 0,
         };
-        Ok(KvmDirtyRing {
+        Ok(KvmDirtyRing(Arc::new(Shared {
             slots,
             size: self.size,
             state: Mutex::new(state),
-        })
+        })))
     }
 }
 
-/// The dirty log of a KVM virtual machine with dirty rings. See the [module](self) for how it works.
-pub struct KvmDirtyRing {
+/// The dirty log of a KVM virtual machine with dirty rings. A clone is the same log, for the thread of a vCPU that
+/// may have to [make room](Self::make_room).
+///
+/// See the head of the source file for how it works, and why it keeps laws 1 and 3.
+#[derive(Clone)]
+pub struct KvmDirtyRing(Arc<Shared>);
+
+struct Shared {
     slots: KvmSlots,
     size: RingSize,
     state: Mutex<State>,
@@ -263,7 +269,7 @@ struct State {
 impl KvmDirtyRing {
     /// How many entries each vCPU's ring has.
     pub fn size(&self) -> RingSize {
-        self.size
+        self.0.size
     }
 
     /// Empties the rings, so that a vCPU whose ring was full can go on. To be called by its thread when `KVM_RUN`
@@ -274,12 +280,12 @@ impl KvmDirtyRing {
     ///
     /// KVM cannot reset the rings, so the vCPU cannot go on. Nothing that was collected is lost.
     pub fn make_room(&self) -> Result<(), LogError> {
-        self.lock().harvest(&self.slots)
+        self.lock().harvest(&self.0.slots)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // No step of a harvest can panic half done.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -349,24 +355,24 @@ impl DirtyLog for KvmDirtyRing {
         let mut state = self.lock();
         // What is left of an earlier time goes.
         state.set_logging(Logging::Off);
-        state.harvest(&self.slots)?;
+        state.harvest(&self.0.slots)?;
         state.set_logging(Logging::On);
         state.vcpus.iter_mut().for_each(|vcpu| vcpu.written = 0);
         // A vCPU fills its ring from now on.
         drop(state);
-        self.slots.log_on()
+        self.0.slots.log_on()
     }
 
     fn stop(&self) -> Result<(), LogError> {
         // From now on entries are only drained. First, so that it holds whatever fails.
         self.lock().set_logging(Logging::Off);
-        self.slots.log_off()?;
-        self.lock().harvest(&self.slots)
+        self.0.slots.log_off()?;
+        self.lock().harvest(&self.0.slots)
     }
 
     fn fetch(&self, block: BlockIndex, into: &mut [u64]) -> Result<(), LogError> {
         let mut state = self.lock();
-        state.harvest(&self.slots)?;
+        state.harvest(&self.0.slots)?;
         state.collected.drain_into(block.0, into);
         Ok(())
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::{Backing, Machine, MachineConfig, MachineEvent, OnReset, SerialConfig};
+use crate::{Backing, DirtyLogChoice, Machine, MachineConfig, MachineEvent, OnReset, SerialConfig};
 
 mod guest;
 mod life;
@@ -33,6 +33,7 @@ fn config(cpus: u32, serial: &Path) -> MachineConfig {
         cpus,
         memory: 64 << 20,
         backing: Backing::Private,
+        dirty_log: DirtyLogChoice::Auto,
         kernel: Some(guest::kernel()),
         initrd: None,
         cmdline: "console=ttyS0".into(),

@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::{VcpuFd, VmFd};
+use vmferry_dirty::log::KvmDirtyRing;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::devices::Bus;
@@ -111,12 +112,13 @@ pub(crate) struct VcpuThread {
 extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl VcpuThread {
-    /// Starts the thread of `vcpu`; it waits at the gate.
+    /// Starts the thread of `vcpu`; it waits at the gate. `ring` is the dirty log if it is one of rings.
     pub fn spawn(
         machine: &str,
         vcpu: Arc<Vcpu>,
         gate: Arc<Gate>,
         bus: Arc<Bus>,
+        ring: Option<KvmDirtyRing>,
     ) -> Result<Self, MachineError> {
         // The handler does nothing: that the signal arrives is what ends KVM_RUN.
         static HANDLER: Once = Once::new();
@@ -132,7 +134,7 @@ impl VcpuThread {
                 // SAFETY: gettid has no preconditions.
                 let id = unsafe { libc::gettid() };
                 of_thread.thread_id.store(id, Ordering::Relaxed);
-                run::run(&of_thread, &gate, &bus);
+                run::run(&of_thread, &gate, &bus, ring.as_ref());
             })
             .map_err(|source: io::Error| MachineError::Os {
                 action: format!("start the thread of vCPU {} of '{machine}'", vcpu.index),

@@ -2,16 +2,18 @@
 
 use std::sync::atomic::Ordering;
 
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmferry_dirty::log::KvmDirtyRing;
 
 use super::Vcpu;
 use super::gate::{Gate, GuestRequest, Pass};
 use crate::devices::Bus;
 
-pub(super) fn run(vcpu: &Vcpu, gate: &Gate, bus: &Bus) {
+pub(super) fn run(vcpu: &Vcpu, gate: &Gate, bus: &Bus, ring: Option<&KvmDirtyRing>) {
     let forget_kicks = || vcpu.immediate_exit.get().store(0, Ordering::SeqCst);
     while gate.pass(forget_kicks) == Pass::Run {
-        let request = stay_in_guest(vcpu, &mut vcpu.lock().fd, bus);
+        let request = stay_in_guest(vcpu, &mut vcpu.lock().fd, bus, ring);
         if let Some(request) = request {
             gate.request(request);
         }
@@ -24,7 +26,12 @@ pub(super) fn run(vcpu: &Vcpu, gate: &Gate, bus: &Bus) {
 /// vCPU is whole only after one more. That is why nothing but a KVM_RUN that was interrupted ends the stay: a
 /// kick that arrives during I/O leaves `immediate_exit` set, and the next KVM_RUN completes the instruction
 /// and returns at once.
-fn stay_in_guest(vcpu: &Vcpu, fd: &mut VcpuFd, bus: &Bus) -> Option<GuestRequest> {
+fn stay_in_guest(
+    vcpu: &Vcpu,
+    fd: &mut VcpuFd,
+    bus: &Bus,
+    ring: Option<&KvmDirtyRing>,
+) -> Option<GuestRequest> {
     let mut request = None;
     loop {
         let broken = match fd.run() {
@@ -48,6 +55,13 @@ fn stay_in_guest(vcpu: &Vcpu, fd: &mut VcpuFd, bus: &Bus) -> Option<GuestRequest
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 tracing::debug!(address, len = data.len(), "write to unknown MMIO");
                 continue;
+            }
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+                match ring.map(KvmDirtyRing::make_room) {
+                    Some(Ok(())) => continue,
+                    Some(Err(e)) => format!("its dirty ring is full: {e}"),
+                    None => "it has a full dirty ring, and should have none".to_owned(),
+                }
             }
             Ok(VcpuExit::Intr) => return request,
             Ok(VcpuExit::Shutdown) => return Some(GuestRequest::Reset),

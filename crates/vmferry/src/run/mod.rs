@@ -87,6 +87,7 @@ fn config(options: &cli::Run) -> MachineConfig {
         cpus: options.cpus,
         memory: options.memory,
         backing: Backing::Private,
+        dirty_log: options.dirty_log,
         kernel: options.kernel.clone().map(|kernel| match kernel {
             Kernel::Guest(elf) => KernelSource::Bytes(Cow::Borrowed(elf)),
             Kernel::Path(path) => KernelSource::Path(path),
