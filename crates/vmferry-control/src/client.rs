@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::error::QmpError;
 use crate::framing::{Frame, Framer};
 use crate::message::{self, Timestamp};
-use crate::schema::{Event, MigrationInfo, StatusInfo, VersionInfo};
+use crate::schema::{DirtyRateInfo, Event, MigrationInfo, StatusInfo, VersionInfo};
 use crate::socket::{self, SocketError};
 
 /// Bytes that a reply may have. QEMU's description of its own schema takes a few hundred thousand.
@@ -196,6 +196,19 @@ impl QmpClient {
     pub fn query_status(&mut self) -> Result<StatusInfo, ClientError> {
         let command = "query-status";
         let answer = self.execute(command, Value::Null)?;
+        self.convert(command, answer)
+    }
+
+    /// The current or the last measurement of the dirty rate, with times in milliseconds.
+    ///
+    /// # Errors
+    /// As for [`QmpClient::execute`]; also if the measurement failed.
+    pub fn query_dirty_rate(&mut self) -> Result<DirtyRateInfo, ClientError> {
+        let command = "query-dirty-rate";
+        let answer = self.execute(
+            command,
+            serde_json::json!({"calc-time-unit": "millisecond"}),
+        )?;
         self.convert(command, answer)
     }
 

@@ -9,9 +9,9 @@ use serde_json::{Map, Value};
 use crate::arguments;
 use crate::error::{ErrorClass, QmpError};
 use crate::schema::{
-    CpuInfoFast, KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
-    MigrateSetParameters, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, NameInfo,
-    StatusInfo,
+    CalcDirtyRate, CpuInfoFast, DirtyRateInfo, KvmInfo, Migrate, MigrateContinue, MigrateIncoming,
+    MigrateSetCapabilities, MigrateSetParameters, MigrationCapabilityStatus, MigrationInfo,
+    MigrationParameters, NameInfo, QueryDirtyRate, StatusInfo,
 };
 
 /// Decodes the arguments, calls the handler, encodes the result.
@@ -138,4 +138,8 @@ commands! {
     "migrate-set-capabilities" => migrate_set_capabilities(arguments: MigrateSetCapabilities) -> ();
     /// The capabilities and whether they are on.
     "query-migrate-capabilities" => query_migrate_capabilities() -> Vec<MigrationCapabilityStatus>;
+    /// Starts to measure how fast the guest dirties its memory.
+    "calc-dirty-rate" => calc_dirty_rate(arguments: CalcDirtyRate) -> ();
+    /// What came of the measurement.
+    "query-dirty-rate" => query_dirty_rate(arguments: QueryDirtyRate) -> DirtyRateInfo;
 }

@@ -5,6 +5,7 @@
 
 mod cancel;
 pub mod destination;
+pub mod dirty_rate;
 mod error;
 mod info;
 mod params;
@@ -17,6 +18,7 @@ mod transport;
 mod zero;
 
 pub use destination::Destination;
+pub use dirty_rate::DirtyRate;
 pub use error::MigrationError;
 pub use info::{Info, Observer, RamInfo};
 pub use params::Parameters;

@@ -62,8 +62,9 @@ pub enum Activity {
     Paused,
 }
 
-/// A virtual machine, as the engine sees it. All methods are called from the engine's migration thread;
-/// the VMM goes on serving its user meanwhile, hence `&self`.
+/// A virtual machine, as the engine sees it. All methods are called from the engine's migration thread
+/// (`ram` and `dirty_log` from that of a [`crate::dirty_rate`] measurement as well); the VMM goes on serving its
+/// user meanwhile, hence `&self`.
 pub trait Guest: Send + Sync {
     /// The guest's RAM blocks, in the order of the stream; the same ones for the guest's whole life.
     fn ram(&self) -> &[RamBlock];

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use vmferry_control::units::{parse_bandwidth, parse_duration, parse_size};
+use vmferry_engine::dirty_rate::Method;
 use vmferry_engine::{Discipline, Uri};
 use vmferry_vmm::{DirtyLogChoice, RingSize, SerialConfig};
 
@@ -35,6 +36,8 @@ pub enum Command {
     Status(Status),
     /// Cancel a migration; the guest goes on where it is
     Cancel(Cancel),
+    /// Measure how fast a guest dirties its memory: what a migration has to keep up with
+    DirtyRate(DirtyRate),
     /// Move a guest under load between two processes on this machine, and let it check its memory
     Demo(Demo),
     /// Print a completion script for a shell
@@ -220,6 +223,26 @@ pub struct Cancel {
 }
 
 #[derive(Debug, Args)]
+pub struct DirtyRate {
+    #[command(flatten)]
+    pub monitor: Monitor,
+    /// How: page-sampling (an estimate, costs the guest nothing), dirty-bitmap (exact), or dirty-ring (exact, for
+    /// each vCPU; the guest must have been started with --dirty-log ring)
+    #[arg(long, value_name = "NAME", default_value_t)]
+    pub mode: Method,
+    /// For how long, 50ms to 60s. A page that is written more than once meanwhile counts once (in mode dirty-ring,
+    /// once every 100ms)
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_duration)]
+    pub time: Duration,
+    /// How many pages of each GiB to sample in mode page-sampling, 128 to 16384 [default: 512]
+    #[arg(long, value_name = "N")]
+    pub sample_pages: Option<u64>,
+    /// Print one JSON object and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
 pub struct Demo {
     /// RAM of the guest
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
@@ -262,6 +285,11 @@ mod tests {
                 "lock-free",
             ),
             (&["migrate", "--qmp", "x", "tcp:a"], "tcp:HOST:PORT"),
+            (
+                &["dirty-rate", "--qmp", "x", "--mode", "guess"],
+                "page-sampling",
+            ),
+            (&["dirty-rate", "--qmp", "x", "--time", "1"], "300ms or 2s"),
         ] {
             let error = Cli::try_parse_from([&["vmferry"], args].concat()).unwrap_err();
             assert!(error.to_string().contains(part), "{error}");

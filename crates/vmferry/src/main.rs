@@ -3,6 +3,7 @@
 mod cancel;
 mod cli;
 mod demo;
+mod dirty_rate;
 mod docs;
 mod migrate;
 mod output;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Command::Migrate(options) => migrate::migrate(&options),
         Command::Status(options) => status::status(&options),
         Command::Cancel(options) => cancel::cancel(&options),
+        Command::DirtyRate(options) => dirty_rate::dirty_rate(&options),
         Command::Demo(options) => demo::demo(&options),
         Command::Completions { shell } => docs::completions(shell),
         Command::Man { directory } => docs::man(&directory),

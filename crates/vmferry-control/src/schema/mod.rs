@@ -3,6 +3,7 @@
 mod address;
 mod as_text;
 mod capabilities;
+mod dirty_rate;
 mod events;
 mod machine;
 mod migration;
@@ -10,6 +11,10 @@ mod parameters;
 
 pub use address::{Migrate, MigrateIncoming, SocketAddress};
 pub use capabilities::{MigrateSetCapabilities, MigrationCapability, MigrationCapabilityStatus};
+pub use dirty_rate::{
+    CALC_TIME_RANGE, CalcDirtyRate, DirtyRateInfo, DirtyRateMeasureMode, DirtyRateStatus,
+    DirtyRateVcpu, QueryDirtyRate, SAMPLE_PAGES_RANGE, TimeUnit,
+};
 pub use events::{Event, MigrationData, MigrationPassData, ShutdownCause, ShutdownData};
 pub use machine::{
     CommandInfo, CpuInfoFast, CpuInstanceProperties, KvmInfo, NameInfo, RunState, StatusInfo,

@@ -29,6 +29,7 @@ struct State {
     parameters: MigrationParameters,
     migration: MigrationInfo,
     destinations: Vec<Uri>,
+    measurement: Option<CalcDirtyRate>,
 }
 
 impl FakeMachine {
@@ -39,6 +40,10 @@ impl FakeMachine {
 
     pub fn destinations(&self) -> Vec<Uri> {
         self.state.lock().unwrap().destinations.clone()
+    }
+
+    pub fn measurement(&self) -> Option<CalcDirtyRate> {
+        self.state.lock().unwrap().measurement
     }
 }
 
@@ -166,6 +171,34 @@ impl Handler for FakeMachine {
             state: true,
         }])
     }
+
+    fn calc_dirty_rate(&self, arguments: CalcDirtyRate) -> Result<(), QmpError> {
+        self.state.lock().unwrap().measurement = Some(arguments);
+        Ok(())
+    }
+
+    fn query_dirty_rate(&self, arguments: QueryDirtyRate) -> Result<DirtyRateInfo, QmpError> {
+        let unit = arguments.calc_time_unit;
+        let Some(measured) = self.state.lock().unwrap().measurement else {
+            return Ok(DirtyRateInfo {
+                calc_time_unit: unit,
+                ..DirtyRateInfo::default()
+            });
+        };
+        Ok(DirtyRateInfo {
+            dirty_rate: Some(212),
+            status: DirtyRateStatus::Measured,
+            start_time: 1_700_000_000,
+            calc_time: unit.count(measured.calc_time),
+            calc_time_unit: unit,
+            mode: measured.method.into(),
+            vcpu_dirty_rate: Some(vec![DirtyRateVcpu {
+                id: 0,
+                dirty_rate: 212,
+            }]),
+            ..DirtyRateInfo::default()
+        })
+    }
 }
 
 /// A server with a fake machine in a directory of its own.
@@ -201,6 +234,7 @@ impl Rig {
                 },
                 migration: MigrationInfo::default(),
                 destinations: Vec::new(),
+                measurement: None,
             }),
             quit: Mutex::new(sender),
             reset_takes,

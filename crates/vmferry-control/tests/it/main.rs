@@ -2,6 +2,7 @@
 
 mod clients;
 mod conversation;
+mod dirty_rate;
 mod fake;
 mod lifetime;
 mod qemu_wording;

@@ -95,6 +95,7 @@ fn requests() -> Vec<String> {
         r#"{"execute": "query-migrate"}"#,
         r#"{"execute": "migrate_cancel"}"#,
         r#"{"execute": "migrate-set-parameters"}"#,
+        r#"{"execute": "query-dirty-rate"}"#,
     ]
     .map(str::to_owned)
     .into();
@@ -142,6 +143,22 @@ fn requests() -> Vec<String> {
         capability(json!({"state": true})),
         capability(json!({"capability": "events", "state": true, "x": 1})),
         capability(json!({"capability": "return-path", "state": true})),
+        command("calc-dirty-rate", json!({})),
+        command("calc-dirty-rate", json!({"calc-time": 1.5})),
+        command("calc-dirty-rate", json!({"calc-time": 1, "foo": 1})),
+        command("calc-dirty-rate", json!({"calc-time": 1, "mode": "foo"})),
+        command("calc-dirty-rate", json!({"calc-time": 1, "mode": 5})),
+        command(
+            "calc-dirty-rate",
+            json!({"calc-time": 1, "calc-time-unit": "foo"}),
+        ),
+        command(
+            "calc-dirty-rate",
+            json!({"calc-time": 1, "sample-pages": "a"}),
+        ),
+        command("query-dirty-rate", json!({"calc-time-unit": "millisecond"})),
+        command("query-dirty-rate", json!({"calc-time-unit": "foo"})),
+        command("query-dirty-rate", json!({"foo": 1})),
     ]);
     requests
 }

@@ -3,12 +3,16 @@
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vmferry_control::schema::{Event, MigrationData, MigrationPassData, MigrationStatus};
+use vmferry_control::schema::{
+    CalcDirtyRate, DirtyRateInfo, Event, MigrationData, MigrationPassData, MigrationStatus,
+    TimeUnit,
+};
 use vmferry_control::{EventBus, QmpError};
 use vmferry_engine::{Destination, Info, Observer, Parameters, Source, Status, Uri};
 use vmferry_vmm::{Machine, RunState};
 
 use super::Exit;
+use super::dirty_rate::Measurement;
 use super::monitor::{self, generic};
 
 /// What follows when a guest that was awaited does not arrive.
@@ -27,12 +31,21 @@ pub struct Migrations {
     exit: Sender<Exit>,
     current: Mutex<Current>,
     settings: Mutex<Settings>,
+    /// Shares the machine's dirty log with `current`, and is started and ended by who holds that.
+    measurement: Measurement,
 }
 
 enum Current {
     None,
     Out(Source),
     In(Destination),
+}
+
+impl Current {
+    /// Whether the guest is on its way out.
+    fn is_leaving(&self) -> bool {
+        matches!(self, Current::Out(source) if !source.info().status.is_final())
+    }
 }
 
 /// What the monitor's user has set.
@@ -60,6 +73,7 @@ impl Migrations {
             exit,
             current: Mutex::new(Current::None),
             settings: Mutex::new(settings),
+            measurement: Measurement::default(),
         })
     }
 
@@ -102,11 +116,11 @@ impl Migrations {
         }
         let parameters = self.settings().parameters;
         let mut current = lock(&self.current);
-        if let Current::Out(source) = &*current
-            && !source.info().status.is_final()
-        {
+        if current.is_leaving() {
             return Err(QmpError::generic("There's a migration process in progress"));
         }
+        // A migration is never refused for the sake of a measurement.
+        self.measurement.leave_log();
         let watcher = Box::new(Outgoing(self.clone()));
         let source = Source::start(self.machine.clone(), uri, parameters, watcher)
             .map_err(|e| QmpError::generic(format!("cannot start a migration: {e}")))?;
@@ -157,9 +171,37 @@ impl Migrations {
         }
     }
 
+    /// Starts to measure how fast the guest dirties its memory.
+    pub fn measure(&self, request: CalcDirtyRate) -> Result<(), QmpError> {
+        // Held until it has begun, so that no migration begins meanwhile.
+        let current = lock(&self.current);
+        if self.machine.run_state() == RunState::InMigrate {
+            return Err(QmpError::generic(
+                "There is no dirty rate to measure: the guest has not arrived yet",
+            ));
+        }
+        if request.method.uses_log() && current.is_leaving() {
+            return Err(QmpError::generic(format!(
+                "Mode {} cannot be used during a migration, which needs the dirty log itself: use mode \
+                 page-sampling, or see dirty-pages-rate in query-migrate",
+                request.method
+            )));
+        }
+        self.measurement.start(self.machine.clone(), request)
+    }
+
+    /// What has come of the last measurement.
+    pub fn measured(&self, unit: TimeUnit) -> Result<DirtyRateInfo, QmpError> {
+        self.measurement.info(unit)
+    }
+
     /// Ends whatever is under way; the process is about to.
     pub fn end(&self) {
-        let last = std::mem::replace(&mut *lock(&self.current), Current::None);
+        let last = {
+            let mut current = lock(&self.current);
+            self.measurement.end();
+            std::mem::replace(&mut *current, Current::None)
+        };
         drop(last);
     }
 

@@ -1,5 +1,6 @@
 //! `vmferry run`: a machine, its monitor, and the migrations in and out of it.
 
+mod dirty_rate;
 mod migrations;
 mod monitor;
 

@@ -5,10 +5,11 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use vmferry_control::schema::{
-    CpuInfoFast, CpuInstanceProperties, KvmInfo, Migrate, MigrateContinue, MigrateIncoming,
-    MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus,
-    MigrationInfo, MigrationParameters, MigrationRamStats, MigrationStatus, NameInfo, RunState,
-    ShutdownCause, SocketAddress, StatusInfo,
+    CalcDirtyRate, CpuInfoFast, CpuInstanceProperties, DirtyRateInfo, KvmInfo, Migrate,
+    MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
+    MigrationCapability, MigrationCapabilityStatus, MigrationInfo, MigrationParameters,
+    MigrationRamStats, MigrationStatus, NameInfo, QueryDirtyRate, RunState, ShutdownCause,
+    SocketAddress, StatusInfo,
 };
 use vmferry_control::{Handler, QmpError};
 use vmferry_engine::{Info, Parameters, Status};
@@ -180,6 +181,14 @@ impl Handler for Monitor {
         ]
         .map(|(capability, state)| MigrationCapabilityStatus { capability, state })
         .to_vec())
+    }
+
+    fn calc_dirty_rate(&self, arguments: CalcDirtyRate) -> Result<(), QmpError> {
+        self.migrations.measure(arguments)
+    }
+
+    fn query_dirty_rate(&self, arguments: QueryDirtyRate) -> Result<DirtyRateInfo, QmpError> {
+        self.migrations.measured(arguments.calc_time_unit)
     }
 }
 

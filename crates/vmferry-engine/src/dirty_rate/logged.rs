@@ -1,0 +1,96 @@
+//! Measuring with the dirty log.
+
+use std::time::{Duration, Instant};
+
+use vmferry_dirty::{ArmingChunk, Cursor, DirtyTracker, Discipline};
+
+use super::{DirtyRateError, Rate, check, per_second, wait};
+use crate::cancel::CancelToken;
+use crate::seam::Guest;
+
+/// How often a ring is emptied: often enough that it rarely runs full, and that pages written again count again.
+const HARVEST_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Counts the pages that the guest writes in `time`.
+pub(super) fn by_bitmap(
+    guest: &dyn Guest,
+    time: Duration,
+    cancel: &CancelToken,
+) -> Result<Rate, DirtyRateError> {
+    let tracking = Tracking::start(guest, cancel)?;
+    let start = Instant::now();
+    wait(time, cancel)?;
+    let elapsed = start.elapsed();
+    let pages = tracking.tracker.sync()?;
+    Ok(Rate {
+        pages_per_second: per_second(pages as f64, elapsed),
+        per_vcpu: None,
+    })
+}
+
+/// Counts the pages that each vCPU writes in `time`, again for each time that the ring was emptied.
+pub(super) fn by_ring(
+    guest: &dyn Guest,
+    time: Duration,
+    cancel: &CancelToken,
+) -> Result<Rate, DirtyRateError> {
+    let written = || {
+        let written = guest.dirty_log().written_per_vcpu();
+        written.ok_or(DirtyRateError::NoRing)
+    };
+    let tracking = Tracking::start(guest, cancel)?;
+    let (start, before) = (Instant::now(), written()?);
+    let mut elapsed = Duration::ZERO;
+    while elapsed < time {
+        wait(HARVEST_INTERVAL.min(time - elapsed), cancel)?;
+        elapsed = start.elapsed();
+        tracking.collect()?;
+    }
+    let per_vcpu: Vec<u64> = std::iter::zip(written()?, before)
+        .map(|(after, before)| per_second((after - before) as f64, elapsed))
+        .collect();
+    Ok(Rate {
+        pages_per_second: per_vcpu.iter().sum(),
+        per_vcpu: Some(per_vcpu),
+    })
+}
+
+/// The guest's log, on, and off when dropped.
+struct Tracking<'g> {
+    tracker: DirtyTracker<'g>,
+    cancel: &'g CancelToken,
+}
+
+impl<'g> Tracking<'g> {
+    /// Switches the log on, with every page armed.
+    fn start(guest: &'g dyn Guest, cancel: &'g CancelToken) -> Result<Self, DirtyRateError> {
+        let sizes: Vec<usize> = guest.ram().iter().map(|block| block.pages()).collect();
+        let tracker = DirtyTracker::start(
+            guest.dirty_log(),
+            &sizes,
+            Discipline::default(),
+            ArmingChunk::default(),
+        )?;
+        let tracking = Tracking { tracker, cancel };
+        tracking.arm()?;
+        // Arming all of a large guest takes a while. What it wrote meanwhile is no part of the measurement.
+        tracking.collect()?;
+        Ok(tracking)
+    }
+
+    /// Fetches what was written, and arms it again.
+    fn collect(&self) -> Result<(), DirtyRateError> {
+        self.tracker.sync()?;
+        self.arm()
+    }
+
+    /// Arms every page that was fetched. The tracker does that for pages that it hands out.
+    fn arm(&self) -> Result<(), DirtyRateError> {
+        let mut cursor = Cursor::default();
+        let mut slice = self.tracker.slice(&mut cursor);
+        while slice.next_run(ArmingChunk::default().pages())?.is_some() {
+            check(self.cancel)?;
+        }
+        Ok(())
+    }
+}
