@@ -11,11 +11,13 @@ use crate::units::{BlockIndex, PageRange};
 mod kvm;
 mod kvm_ring;
 mod kvm_slots;
+mod uffd;
 mod vmm_writes;
 
 pub use kvm::KvmDirtyLog;
 pub use kvm_ring::{KvmDirtyRing, KvmDirtyRings, RingSize};
 pub use kvm_slots::KvmSlot;
+pub use uffd::{UffdLog, UffdRegion};
 pub use vmm_writes::{VmmWriteLog, VmmWrites, WithVmmWrites};
 
 /// What went wrong with a dirty log.
@@ -28,6 +30,31 @@ pub enum LogError {
         action: &'static str,
         /// The block it was attempted on.
         block: BlockIndex,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// This host cannot keep such a log.
+    #[error("{what} is not available ({source}): it needs {needs}")]
+    Unsupported {
+        /// What is missing.
+        what: &'static str,
+        /// What would have it.
+        needs: &'static str,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// The kernel cannot track this memory.
+    #[error(
+        "cannot track {start:#x}..{end:#x} of RAM block {}: {source}; it has to be whole pages of mapped, \
+         writable memory that no other userfaultfd has", block.0
+    )]
+    Region {
+        /// The block that the memory is part of.
+        block: BlockIndex,
+        /// The memory's first address.
+        start: u64,
+        /// The first address after it.
+        end: u64,
         /// The kernel's answer.
         source: std::io::Error,
     },
