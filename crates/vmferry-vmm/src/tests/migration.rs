@@ -15,7 +15,7 @@ pub(super) fn incoming(cpus: u32, serial: &Path) -> MachineConfig {
     }
 }
 
-fn copy_ram(from: &Machine, to: &Machine) {
+pub(super) fn copy_ram(from: &Machine, to: &Machine) {
     let mut chunk = vec![0; 1 << 20];
     for at in (0..from.config().memory).step_by(chunk.len()) {
         from.ram

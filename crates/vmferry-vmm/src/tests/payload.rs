@@ -8,7 +8,7 @@ use super::migration::{incoming, migrate};
 use super::*;
 use crate::KernelSource;
 
-fn heartbeats(path: &Path) -> Vec<Heartbeat> {
+pub(super) fn heartbeats(path: &Path) -> Vec<Heartbeat> {
     let output = String::from_utf8_lossy(&fs::read(path).unwrap()).into_owned();
     output.lines().filter_map(Heartbeat::parse).collect()
 }
