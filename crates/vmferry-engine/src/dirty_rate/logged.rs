@@ -34,20 +34,27 @@ pub(super) fn by_ring(
     time: Duration,
     cancel: &CancelToken,
 ) -> Result<Rate, DirtyRateError> {
-    let written = || {
-        let written = guest.dirty_log().written_per_vcpu();
-        written.ok_or(DirtyRateError::NoRing)
+    let logged = || {
+        let logged = guest.dirty_log().written_per_vcpu();
+        logged.ok_or(DirtyRateError::NoRing)
     };
     let tracking = Tracking::start(guest, cancel)?;
-    let (start, before) = (Instant::now(), written()?);
-    let mut elapsed = Duration::ZERO;
+    let (start, before) = (Instant::now(), logged()?);
+    let (mut elapsed, mut pages) = (Duration::ZERO, 0);
     while elapsed < time {
         wait(HARVEST_INTERVAL.min(time - elapsed), cancel)?;
         elapsed = start.elapsed();
-        tracking.collect()?;
+        pages += tracking.collect()?;
     }
-    let per_vcpu: Vec<u64> = std::iter::zip(written()?, before)
-        .map(|(after, before)| per_second((after - before) as f64, elapsed))
+    let logged: Vec<u64> = std::iter::zip(logged()?, before)
+        .map(|(after, before)| after.saturating_sub(before))
+        .collect();
+    // KVM may log a page several times before the ring is emptied (where it shadows the guest's page tables it
+    // does so nearly always), so what a vCPU has logged only tells its share.
+    let all = logged.iter().sum::<u64>().max(1) as f64;
+    let per_vcpu: Vec<u64> = logged
+        .into_iter()
+        .map(|share| per_second(pages as f64 * share as f64 / all, elapsed))
         .collect();
     Ok(Rate {
         pages_per_second: per_vcpu.iter().sum(),
@@ -78,10 +85,11 @@ impl<'g> Tracking<'g> {
         Ok(tracking)
     }
 
-    /// Fetches what was written, and arms it again.
-    fn collect(&self) -> Result<(), DirtyRateError> {
-        self.tracker.sync()?;
-        self.arm()
+    /// Fetches what was written, and arms it again; how many pages.
+    fn collect(&self) -> Result<u64, DirtyRateError> {
+        let pages = self.tracker.sync()?;
+        self.arm()?;
+        Ok(pages)
     }
 
     /// Arms every page that was fetched. The tracker does that for pages that it hands out.

@@ -1,4 +1,5 @@
-//! Whole migrations, from a source to a destination in one process, with the guest of `examples/toy.rs`.
+//! Whole migrations, from a source to a destination in one process, and measurements, with the guest of
+//! `examples/toy.rs`.
 
 mod common;
 #[path = "../../examples/toy.rs"]
@@ -8,6 +9,7 @@ mod toy;
 mod back_and_forth;
 mod cancel;
 mod convergence;
+mod dirty_rate;
 mod files;
 mod hostile;
 mod misfits;

@@ -26,6 +26,8 @@ impl ArmingLog {
 
 impl DirtyLog for ArmingLog {
     fn start(&self) -> Result<(), LogError> {
+        // As KVM's with initially-set: there is nothing that could be clean before it was armed once.
+        self.written.lock().unwrap().fill(u64::MAX);
         self.toy.dirty_log().start()
     }
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use vmferry_dirty::Discipline;
 use vmferry_engine::{Destination, MigrationError, Parameters, Source, Uri};
 
+pub use arming_log::ArmingLog;
 pub use deaf::{deaf_tcp, deaf_unix};
 pub use proxy::{Effect, Fault, Proxy, Way, When};
 pub use random::Random;
