@@ -46,33 +46,37 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     fn new(kind: Kind, pages: usize) -> Memory {
-        let length = pages * PAGE_SIZE + HUGE_PAGE;
-        let rw = ProtFlags::READ | ProtFlags::WRITE;
-        let file = (kind == Kind::Memfd).then(|| {
-            let file = rustix::fs::memfd_create("uffd-test", MemfdFlags::CLOEXEC).unwrap();
-            rustix::fs::ftruncate(&file, length as u64).unwrap();
-            file
-        });
-        // SAFETY: a new mapping, wherever the kernel has room for it.
-        let mapped = unsafe {
-            match &file {
-                None => rustix::mm::mmap_anonymous(ptr::null_mut(), length, rw, MapFlags::PRIVATE),
-                Some(f) => rustix::mm::mmap(ptr::null_mut(), length, rw, MapFlags::SHARED, f, 0),
-            }
-        }
-        .unwrap();
-        let gap = mapped.align_offset(HUGE_PAGE);
-        let memory = Memory {
-            mapped,
-            start: mapped.cast::<u8>().wrapping_add(gap),
-            pages,
-        };
+        let file = (kind == Kind::Memfd).then_some(MemfdFlags::CLOEXEC);
+        let memory = Memory::map(file, pages).unwrap();
         match kind {
             Kind::SmallPages => memory.advise(0..pages, Advice::LinuxNoHugepage),
             Kind::HugePages => memory.advise(0..pages, Advice::LinuxHugepage),
             Kind::Memfd => {}
         }
         memory
+    }
+
+    /// Maps a new memfd, or anonymous memory.
+    fn map(memfd: Option<MemfdFlags>, pages: usize) -> std::io::Result<Memory> {
+        let length = pages * PAGE_SIZE + HUGE_PAGE;
+        let rw = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping, wherever the kernel has room for it.
+        let mapped = unsafe {
+            match memfd {
+                None => rustix::mm::mmap_anonymous(ptr::null_mut(), length, rw, MapFlags::PRIVATE),
+                Some(flags) => {
+                    let file = rustix::fs::memfd_create("uffd-test", flags)?;
+                    rustix::fs::ftruncate(&file, length as u64)?;
+                    rustix::mm::mmap(ptr::null_mut(), length, rw, MapFlags::SHARED, file, 0)
+                }
+            }
+        }?;
+        let gap = mapped.align_offset(HUGE_PAGE);
+        Ok(Memory {
+            mapped,
+            start: mapped.cast::<u8>().wrapping_add(gap),
+            pages,
+        })
     }
 
     fn populated(kind: Kind, pages: usize) -> Memory {
@@ -330,17 +334,15 @@ fn a_forked_child_is_not_tracked() {
         if !started(&log) {
             return;
         }
-        let child = memory.start.addr();
+        let address = memory.start.expose_provenance() + 3 * PAGE_SIZE;
         let mut command = Command::new("true");
         // SAFETY: the child only stores a word to its copy of the mapping, or to the shared file.
         unsafe {
             command.pre_exec(move || {
-                let page = ptr::with_exposed_provenance::<AtomicU64>(child + 3 * PAGE_SIZE);
-                (*page).store(9, Ordering::Relaxed);
+                (*ptr::with_exposed_provenance::<AtomicU64>(address)).store(9, Ordering::Relaxed);
                 Ok(())
             })
         };
-        memory.start.expose_provenance();
         assert!(command.status().unwrap().success());
         assert_eq!(memory.read(3), if kind == Kind::Memfd { 9 } else { 1 });
         assert_eq!(fetch(&log, &memory), set([]), "{kind:?}");
@@ -371,6 +373,52 @@ fn memory_that_cannot_be_tracked_is_named() {
     );
     // A log that could not be started leaves nothing behind.
     log.start().unwrap();
+}
+
+#[test]
+fn a_fetch_that_fails_reports_too_much_rather_than_too_little() {
+    let memory = Memory::populated(Kind::SmallPages, 128);
+    let log = memory.log();
+    if !started(&log) {
+        return;
+    }
+    memory.write(3, 2);
+    // SAFETY: over a part of the test's own mapping, whose content may be anything.
+    unsafe {
+        rustix::mm::mmap_anonymous(
+            memory.start.add(64 * PAGE_SIZE).cast(),
+            PAGE_SIZE,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::FIXED,
+        )
+    }
+    .unwrap();
+    let mut words = [0; 2];
+    log.fetch(BLOCK, &mut words).unwrap_err();
+    assert_eq!(words, [!0; 2]);
+    log.stop().unwrap();
+}
+
+#[test]
+fn hugetlb_pages_are_reported_whole() {
+    let memory = match Memory::map(Some(MemfdFlags::HUGETLB), 3 * PAGES_IN_HUGE) {
+        Ok(memory) => memory,
+        Err(e) => return eprintln!("SKIPPED: no hugetlb pages ({e}); vm.nr_hugepages makes some"),
+    };
+    memory.write_all([0, PAGES_IN_HUGE], 1);
+    let log = memory.log();
+    if !started(&log) {
+        return;
+    }
+    assert_eq!(fetch(&log, &memory), set([]));
+    memory.write(7, 2);
+    assert_eq!(fetch(&log, &memory), set(0..PAGES_IN_HUGE));
+    memory.write(2 * PAGES_IN_HUGE, 2); // unpopulated before
+    assert_eq!(
+        fetch(&log, &memory),
+        set(2 * PAGES_IN_HUGE..3 * PAGES_IN_HUGE)
+    );
+    assert_eq!(fetch(&log, &memory), set([]));
 }
 
 /// Runs a test of this file again, in a process that may do nothing special.

@@ -1,10 +1,11 @@
 //! Dirty logs: who wrote which page since we last asked.
 //!
 //! A log is the hypervisor's half of dirty tracking. Fetching it (a *sync*) and re-arming it are two
-//! operations, because on every modern mechanism they are (KVM's manual protect, the dirty ring's reset,
-//! userfaultfd write-protect): a page that was reported as written is not reported again until it has been
-//! re-armed. Law 3, *protect before read*, follows: re-arm a page, then read it for sending. A write
-//! between the two is seen by the next sync; the other way round it would be lost.
+//! operations, because on KVM's mechanisms they are (manual protect, the dirty ring's reset): a page that was
+//! reported as written is not reported again until it has been re-armed. Law 3, *protect before read*,
+//! follows: re-arm a page, then read it for sending. A write between the two is seen by the next sync; the
+//! other way round it would be lost. Where the kernel does both in one step, as with [`UffdLog`], the fetch
+//! re-arms what it reports.
 
 use crate::units::{BlockIndex, PageRange};
 

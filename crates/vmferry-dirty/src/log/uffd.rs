@@ -10,7 +10,7 @@
 //! does so after the fetch that reported it. Finding and protecting could be two steps as with KVM, and no
 //! write would be lost. But each range to be armed would then cost a system call (a bitmap cannot be handed
 //! over), and the finding, which walks the page tables, would not become cheaper. What this costs: all written
-//! pages are protected at the sync, so one written between the sync and its sending is sent once more.
+//! pages are protected at the sync, so one written between the sync and its sending is sent once more for nothing.
 //!
 //! # Pages that are gone
 //!
@@ -85,7 +85,9 @@ impl UffdRegion {
 ///   reported one by one. It stays split after the log is off, until the kernel (`khugepaged`) joins it again.
 ///   Memory that is populated while the log is on gets small pages, with one exception: what is discarded and
 ///   touched again before the next fetch may come back as a huge page, and is then reported whole.
-/// - *hugetlb* pages are written and reported whole. A region consists of whole ones.
+/// - *hugetlb* pages are reported whole; a region consists of whole ones. Discarding them is **not** reported, and
+///   what was written before that only once the page is touched again: whoever discards marks a
+///   [`VmmWriteLog`](super::VmmWriteLog).
 /// - *A forked child* is not tracked: private memory is its own copy from then on, and what it writes to shared
 ///   memory is not seen.
 ///
@@ -168,10 +170,10 @@ impl Tracking {
     fn start(regions: &[UffdRegion]) -> Result<Self, LogError> {
         let uffd = WriteProtector::open()?;
         let pagemap = Pagemap::open()?;
-        let holes = Holes::probe(&uffd, &pagemap).map_err(kernel_error(
-            "probe for page tables that are gone",
-            BlockIndex(0),
-        ))?;
+        let holes = Holes::probe(&uffd, &pagemap).map_err(|source| LogError::Machine {
+            action: "find out how memory without page tables is reported",
+            source,
+        })?;
         let tracking = Tracking {
             uffd,
             pagemap,

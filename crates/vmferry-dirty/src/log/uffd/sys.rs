@@ -159,7 +159,7 @@ impl Pagemap {
             start: range.start,
             end: range.end,
             walk_end: 0,
-            vec: found.as_mut_ptr().addr() as u64,
+            vec: found.as_mut_ptr().expose_provenance() as u64,
             vec_len: found.len() as u64,
             max_pages: 0, // no limit
             category_inverted: inverted.into(),
