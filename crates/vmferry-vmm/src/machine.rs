@@ -141,7 +141,7 @@ impl Machine {
             .collect::<Result<Vec<_>, _>>()?;
         let log = ram.log(log, &vcpus)?;
         let (log_kind, ring) = (log.kind(), log.ring());
-        tracing::info!(%log_kind, chosen = ?config.dirty_log, "dirty log of the guest");
+        tracing::info!("dirty log in use: {log_kind}");
         let first = vcpus[0].lock();
         let msrs = msrs::to_save(&first.fd, &hypervisor.msrs)?;
         let offers = Description {

@@ -9,6 +9,8 @@ mod clock;
 mod command_line;
 mod damaged_line;
 mod demo;
+mod dirty_log;
+mod dirty_rate;
 mod disk_full;
 mod events;
 mod killed;

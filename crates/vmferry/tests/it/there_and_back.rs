@@ -21,15 +21,15 @@ fn full_size() -> bool {
     std::env::var_os("VMFERRY_FULL").is_some_and(|value| value == "1")
 }
 
-fn ten_hops(cpus: u32, discipline: &str, cold: &str) {
-    let Some(lab) = Lab::new() else { return };
+fn ten_hops(lab: &Lab, cpus: u32, discipline: &str, cold: &str, dirty_log: &'static str) {
     let start = Instant::now();
     let sweep = 200_000 / cpus;
     let mut guest = Guest::boot(
-        &lab,
+        lab,
         Shape {
             memory: "2G",
             cpus,
+            dirty_log,
             load: format!(
                 "ws=256M rate=50000 pattern=random fill=random cold={cold} cold_fill=random sweep={sweep}"
             ),
@@ -61,7 +61,7 @@ fn ten_hops(cpus: u32, discipline: &str, cold: &str) {
     downtimes.sort_unstable();
     totals.sort_unstable();
     say(&format!(
-        "{cpus} vCPUs, {discipline}, cold {cold}: {HOPS} migrations in {:.0} s; downtime {:.1} ms (median) \
+        "{cpus} vCPUs, {discipline}, cold {cold}, dirty log {dirty_log}: {HOPS} migrations in {:.0} s; downtime {:.1} ms (median) \
          {:.1} ms (longest), total {} ms (median), corrupt 0",
         start.elapsed().as_secs_f64(),
         downtimes[HOPS / 2] as f64 / 1e3,
@@ -71,9 +71,11 @@ fn ten_hops(cpus: u32, discipline: &str, cold: &str) {
 }
 
 fn every_discipline(cpus: u32) {
+    let Some(lab) = Lab::new() else { return };
     for discipline in ["per-bit-lock", "slice-lock", "lock-free"] {
         let large = full_size() || (cpus == 4 && discipline == "lock-free");
-        ten_hops(cpus, discipline, if large { "1G" } else { "64M" });
+        let cold = if large { "1G" } else { "64M" };
+        ten_hops(&lab, cpus, discipline, cold, "auto");
     }
 }
 
@@ -90,4 +92,12 @@ fn there_and_back_with_2_vcpus() {
 #[test]
 fn there_and_back_with_4_vcpus() {
     every_discipline(4);
+}
+
+#[test]
+fn there_and_back_with_2_vcpus_and_dirty_rings() {
+    let Some(lab) = Lab::with_dirty_ring() else {
+        return;
+    };
+    ten_hops(&lab, 2, "lock-free", "64M", "ring");
 }

@@ -16,6 +16,8 @@ use super::vm::Vm;
 pub struct Shape {
     pub memory: &'static str,
     pub cpus: u32,
+    /// `--dirty-log` of the machines that it runs on.
+    pub dirty_log: &'static str,
     /// The guest's own parameters, without the number of its vCPUs.
     pub load: String,
 }
@@ -26,6 +28,7 @@ impl Shape {
         Shape {
             memory: "256M",
             cpus: 1,
+            dirty_log: "auto",
             load: "ws=32M rate=10000 pattern=random cold=64M sweep=20000".to_owned(),
         }
     }
@@ -35,8 +38,15 @@ impl Shape {
         Shape {
             memory: "512M",
             cpus: 2,
+            dirty_log: "auto",
             load: "ws=64M rate=20000 pattern=random cold=256M sweep=30000".to_owned(),
         }
+    }
+
+    /// The arguments of a machine for such a guest.
+    fn machine<'a>(&'a self, cpus: &'a str) -> [&'a str; 6] {
+        let (memory, dirty_log) = (self.memory, self.dirty_log);
+        ["--memory", memory, "--cpus", cpus, "--dirty-log", dirty_log]
     }
 }
 
@@ -55,9 +65,8 @@ impl<'a> Guest<'a> {
     pub fn boot(lab: &'a Lab, shape: Shape) -> Self {
         let cmdline = format!("vcpus={} {}", shape.cpus, shape.load);
         let cpus = shape.cpus.to_string();
-        let args = ["--memory", shape.memory, "--cpus", &cpus];
         let kernel = ["--kernel", "guest:dirtier", "--cmdline", &cmdline];
-        let vm = Vm::start(lab, &[args, kernel].concat());
+        let vm = Vm::start(lab, &[&shape.machine(&cpus)[..], &kernel].concat());
         let guest = Guest {
             lab,
             shape,
@@ -73,8 +82,11 @@ impl<'a> Guest<'a> {
     /// A machine of the same shape that waits for it.
     pub fn destination(&self, incoming: &str) -> Vm {
         let cpus = self.shape.cpus.to_string();
-        let shape = ["--memory", self.shape.memory, "--cpus", &cpus];
-        Vm::start(self.lab, &[&shape[..], &["--incoming", incoming]].concat())
+        let machine = self.shape.machine(&cpus);
+        Vm::start(
+            self.lab,
+            &[&machine[..], &["--incoming", incoming]].concat(),
+        )
     }
 
     /// A machine of the same shape that waits for it at a TCP port.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use tempfile::TempDir;
 
+use super::command::vmferry;
 use super::say;
 
 /// One test's directory, and the names of its processes.
@@ -21,12 +22,28 @@ impl Lab {
             .write(true)
             .open("/dev/kvm")
         {
-            let test = std::thread::current();
-            let test = test.name().unwrap_or("a test").to_owned();
-            say(&format!("SKIPPED: {test}: no /dev/kvm here: {error}"));
+            say(&format!(
+                "SKIPPED: {}: no /dev/kvm here: {error}",
+                this_test()
+            ));
             return None;
         }
         Some(Lab::without_kvm())
+    }
+
+    /// None, loudly, where no guest can run or KVM has no dirty ring.
+    pub fn with_dirty_ring() -> Option<Self> {
+        let lab = Lab::new()?;
+        let nothing = lab.uri("file", "nothing");
+        let machine = ["run", "--serial", "null", "--dirty-log", "ring"];
+        // The machine is built first; that nothing arrives shows that it could be.
+        let words = vmferry([&machine[..], &["--incoming", &nothing]].concat()).failed();
+        if words.contains("no dirty ring") {
+            say(&format!("SKIPPED: {}: {words}", this_test()));
+            return None;
+        }
+        assert!(words.contains("No such file"), "{words}");
+        Some(lab)
     }
 
     /// For tests of which none of the guests runs.
@@ -55,4 +72,9 @@ impl Lab {
         self.processes.set(number + 1);
         format!("vm{number}")
     }
+}
+
+fn this_test() -> String {
+    let thread = std::thread::current();
+    thread.name().unwrap_or("a test").to_owned()
 }
