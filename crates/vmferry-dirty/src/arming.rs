@@ -4,30 +4,44 @@
 //! write-protect the guest's whole memory at once, and let each page be written again between its arming and
 //! its sending, which makes it dirty once more for nothing.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::ops::Range;
 
 use crate::log::{DirtyLog, LogError};
+use crate::sync::{AtomicBool, Mutex, Ordering, PoisonError};
 use crate::units::{BlockIndex, PAGE_SIZE, PageRange};
 use crate::words::WORD_BITS;
 
-/// How much of a block is armed at a time.
+/// How much of a block is armed at a time: a power of two, at least one word of the bitmap (256 KiB).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ArmingChunk {
-    pages: usize,
+    shift: u32,
 }
 
 impl ArmingChunk {
-    /// A chunk of `bytes`, rounded up to whole bitmap words (256 KiB).
+    /// A chunk of `bytes`, rounded up to what is possible.
     pub fn from_bytes(bytes: usize) -> Self {
+        let pages = bytes.div_ceil(PAGE_SIZE).clamp(WORD_BITS, 1 << 40);
         ArmingChunk {
-            pages: bytes.div_ceil(PAGE_SIZE).max(1).next_multiple_of(WORD_BITS),
+            shift: pages.next_power_of_two().trailing_zeros(),
         }
     }
 
-    /// The chunk's size in pages, a multiple of 64.
+    /// The chunk's size in pages.
     pub fn pages(self) -> usize {
-        self.pages
+        1 << self.shift
+    }
+
+    /// The chunk's size in bytes.
+    pub fn bytes(self) -> usize {
+        self.pages() * PAGE_SIZE
+    }
+
+    /// The chunks that `range` touches.
+    fn touched_by(self, range: PageRange) -> Range<usize> {
+        match range.is_empty() {
+            true => 0..0,
+            false => range.start.0 >> self.shift..((range.end.0 - 1) >> self.shift) + 1,
+        }
     }
 }
 
@@ -56,7 +70,7 @@ impl BlockArming {
             pages,
             chunk,
             fetched: Mutex::new(vec![0; pages.div_ceil(WORD_BITS)].into()),
-            pending: (0..pages.div_ceil(chunk.pages))
+            pending: (0..pages.div_ceil(chunk.pages()))
                 .map(|_| AtomicBool::new(false))
                 .collect(),
         }
@@ -73,7 +87,7 @@ impl BlockArming {
         log.fetch(self.block, &mut fetched)?;
         let merged = merge(&fetched);
         if log.needs_arming() {
-            let chunks = fetched.chunks(self.chunk.pages / WORD_BITS);
+            let chunks = fetched.chunks(self.chunk.pages() / WORD_BITS);
             for (words, pending) in chunks.zip(&self.pending) {
                 if words.iter().any(|&w| w != 0) {
                     pending.store(true, Ordering::Release);
@@ -85,18 +99,30 @@ impl BlockArming {
         Ok(merged)
     }
 
-    /// Arms the chunk that `page` is in, if it has not been armed since the last fetch.
-    pub(crate) fn arm(&self, log: &dyn DirtyLog, page: usize) -> Result<(), LogError> {
-        let chunk = page / self.chunk.pages;
-        if !self.pending[chunk].load(Ordering::Acquire) {
-            return Ok(());
+    /// Whether there is something to arm in the chunks of `range`.
+    pub(crate) fn is_pending(&self, range: PageRange) -> bool {
+        self.chunk
+            .touched_by(range)
+            .any(|chunk| self.pending[chunk].load(Ordering::Acquire))
+    }
+
+    /// Arms the chunks of `range`, cut to the block, as far as they have not been armed since the last fetch.
+    pub(crate) fn arm(&self, log: &dyn DirtyLog, range: PageRange) -> Result<(), LogError> {
+        for chunk in self.chunk.touched_by(range.clamp_to(self.pages)) {
+            if self.pending[chunk].load(Ordering::Acquire) {
+                self.arm_chunk(log, chunk)?;
+            }
         }
+        Ok(())
+    }
+
+    fn arm_chunk(&self, log: &dyn DirtyLog, chunk: usize) -> Result<(), LogError> {
         let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.pending[chunk].load(Ordering::Relaxed) {
             return Ok(()); // another thread armed it while we waited
         }
-        let start = chunk * self.chunk.pages;
-        let range = PageRange::new(start, start + self.chunk.pages).clamp_to(self.pages);
+        let start = chunk * self.chunk.pages();
+        let range = PageRange::new(start, start + self.chunk.pages()).clamp_to(self.pages);
         let words = &mut fetched[start / WORD_BITS..range.end.0.div_ceil(WORD_BITS)];
         log.arm(self.block, range, words)?;
         words.fill(0);

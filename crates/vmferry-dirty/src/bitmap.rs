@@ -54,11 +54,41 @@ impl DirtyBitmap {
             .sum()
     }
 
+    /// Calls `f` with every run of dirty pages, in order. Takes nothing; what changes meanwhile may be seen or
+    /// not.
+    pub fn visit(&self, mut f: impl FnMut(PageRange)) {
+        let mut run = PageRange::new(0, 0);
+        let mut word = self.skip_clean(0);
+        while word < self.words() {
+            let (mut at, mut bits) = (word * WORD_BITS, self.load(word));
+            while bits != 0 {
+                let gap = bits.trailing_zeros();
+                let ones = (bits >> gap).trailing_ones();
+                let start = at + gap as usize;
+                if run.end.0 != start {
+                    if !run.is_empty() {
+                        f(run);
+                    }
+                    run = PageRange::new(start, start);
+                }
+                run.end.0 += ones as usize;
+                at += (gap + ones) as usize;
+                bits = bits.checked_shr(gap + ones).unwrap_or(0);
+            }
+            word = self.skip_clean(word + 1);
+        }
+        if !run.is_empty() {
+            f(run);
+        }
+    }
+
+    #[inline]
     pub(crate) fn load(&self, word: usize) -> u64 {
         self.words[word].load(Ordering::Relaxed)
     }
 
     /// Index of the first word at or after `word` that is not zero; one past the last if there is none.
+    #[inline]
     pub(crate) fn skip_clean(&self, word: usize) -> usize {
         // A cache line at a time: loads of atomics are not vectorised, but eight of them and one branch
         // keep up with memory.
@@ -78,6 +108,7 @@ impl DirtyBitmap {
     }
 
     /// Clears the bits of `mask`; returns those that were set.
+    #[inline]
     pub(crate) fn take(&self, word: usize, mask: u64) -> u64 {
         let word = &self.words[word];
         if mask == u64::MAX {

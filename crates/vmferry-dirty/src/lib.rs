@@ -1,6 +1,7 @@
 //! Dirty bitmaps for live migration: one bit per page, and who may clear it.
 
 mod arming;
+mod batch;
 mod bitmap;
 mod discipline;
 pub mod log;
@@ -12,10 +13,11 @@ pub mod units;
 mod words;
 
 pub use arming::ArmingChunk;
+pub use batch::Batch;
 pub use bitmap::DirtyBitmap;
 pub use discipline::{Discipline, UnknownDiscipline};
 pub use log::{DirtyLog, LogError};
 pub use set::DirtySet;
 pub use slice::{Cursor, PUBLISH_INTERVAL, Run, Slice};
-pub use tracker::{DirtyTracker, TrackedSlice};
+pub use tracker::{DirtyTracker, HintRound, TrackedSlice};
 pub use units::{BlockIndex, PAGE_SIZE, PageIndex, PageRange};

@@ -24,8 +24,8 @@ pub struct DirtySet {
     /// them. Relaxed everywhere: it is a sum of contributions and orders nothing else; a reader that needs
     /// it exact has joined or been told by the threads it counts for.
     dirty_pages: AtomicI64,
-    /// Taken as the discipline says. Guards no data of its own: the words stay atomic, so that a reader
-    /// needs no lock.
+    /// Taken as the discipline says, see [`Discipline`]. Guards no data of its own: words and count stay
+    /// atomic, so that a reader needs no lock.
     lock: Mutex<()>,
 }
 
@@ -72,7 +72,7 @@ impl DirtySet {
 
     /// Marks a range as dirty, cut to the block. Returns how many pages were clean.
     pub fn mark(&self, block: BlockIndex, range: PageRange) -> u64 {
-        let _guard = self.lock_for_bulk();
+        let _guard = self.lock_against_plain_stores();
         let new = self.blocks[block.0].set_range(range);
         self.add(new as i64);
         new
@@ -81,7 +81,12 @@ impl DirtySet {
     /// Merges a fetched log: bit `i % 64` of word `i / 64` for page `i`, no bit beyond the block's end.
     /// Returns how many pages were clean before.
     pub fn merge(&self, block: BlockIndex, log: &[u64]) -> u64 {
-        let _guard = self.lock_for_bulk();
+        let _guard = self.lock_for_sync();
+        self.merge_held(block, log)
+    }
+
+    /// [`merge`](Self::merge) for a caller that holds the lock which the discipline wants for a sync.
+    pub(crate) fn merge_held(&self, block: BlockIndex, log: &[u64]) -> u64 {
         let bitmap = &self.blocks[block.0];
         let mut new = 0;
         for (word, &bits) in log.iter().enumerate() {
@@ -95,10 +100,15 @@ impl DirtySet {
 
     /// Clears a range that need not be sent, cut to the block. Returns how many pages were dirty.
     pub fn clear(&self, block: BlockIndex, range: PageRange) -> u64 {
+        let _guard = self.lock_for_hint();
+        self.clear_held(block, range)
+    }
+
+    /// [`clear`](Self::clear) for a caller that holds the lock which the discipline wants for a hint.
+    pub(crate) fn clear_held(&self, block: BlockIndex, range: PageRange) -> u64 {
         let bitmap = &self.blocks[block.0];
         match self.discipline {
             Discipline::LockFree | Discipline::SliceLock => {
-                let _guard = self.lock_for_bulk();
                 let gone = bitmap.clear_range(range);
                 self.add(-(gone as i64));
                 gone
@@ -116,10 +126,7 @@ impl DirtySet {
     /// Begins a slice of the migration thread's work at `cursor`, which the slice moves on. Under
     /// [`Discipline::SliceLock`] hints and merges wait until the slice is dropped.
     pub fn slice<'a>(&'a self, cursor: &'a mut Cursor) -> Slice<'a> {
-        let guard = match self.discipline {
-            Discipline::SliceLock => Some(self.lock()),
-            Discipline::PerBitLock | Discipline::LockFree => None,
-        };
+        let guard = (self.discipline == Discipline::SliceLock).then(|| self.lock());
         Slice::new(self, cursor, guard)
     }
 
@@ -128,11 +135,19 @@ impl DirtySet {
         self.dirty_pages.fetch_add(pages, Ordering::Relaxed);
     }
 
-    /// Clears the bits of `mask` one at a time, each under the lock and with its share of the count; the
+    /// Clears bits of a word as the discipline has it. Returns those that were set.
+    pub(crate) fn take_word(&self, block: BlockIndex, word: usize, mask: u64) -> u64 {
+        match self.discipline {
+            Discipline::LockFree | Discipline::SliceLock => self.blocks[block.0].take(word, mask),
+            Discipline::PerBitLock => self.take_bit_by_bit(block, word, mask),
+        }
+    }
+
+    /// Clears the set bits of `mask` one at a time, each under the lock and with its share of the count; the
     /// baseline that [`Discipline::PerBitLock`] stands for. Returns those that were set.
     pub(crate) fn take_bit_by_bit(&self, block: BlockIndex, word: usize, mask: u64) -> u64 {
         let bitmap = &self.blocks[block.0];
-        let mut left = mask;
+        let mut left = bitmap.load(word) & mask;
         let mut taken = 0;
         while left != 0 {
             let bit = left & left.wrapping_neg();
@@ -140,7 +155,9 @@ impl DirtySet {
             let _guard = self.lock();
             if bitmap.take_locked(word, bit) != 0 {
                 taken |= bit;
-                self.add(-1);
+                // Whoever changes the count under this discipline holds the lock, as for the bits.
+                let count = self.dirty_pages.load(Ordering::Relaxed);
+                self.dirty_pages.store(count - 1, Ordering::Relaxed);
             }
         }
         taken
@@ -149,28 +166,31 @@ impl DirtySet {
     /// Sets bits again that an open slice had taken, and leaves the count to the slice. Returns how many of
     /// them were clear.
     pub(crate) fn put_back(&self, block: BlockIndex, range: PageRange) -> u64 {
-        let _guard = self.lock_in_slice();
+        let _guard = self.lock_against_plain_stores();
         self.blocks[block.0].set_range(range)
     }
 
     /// [`put_back`](Self::put_back) for bits of one word.
     pub(crate) fn put_back_word(&self, block: BlockIndex, word: usize, bits: u64) -> u64 {
-        let _guard = self.lock_in_slice();
+        let _guard = self.lock_against_plain_stores();
         u64::from(self.blocks[block.0].set(word, bits).count_ones())
     }
 
-    /// The lock for an operation inside a slice, which under `SliceLock` holds it already.
-    fn lock_in_slice(&self) -> Option<MutexGuard<'_, ()>> {
+    /// The lock for setting bits. Only `PerBitLock` needs one: its plain stores would undo what happens
+    /// beside them. Under the other disciplines bits are set atomically, and whoever has written a page can
+    /// say so without waiting for a slice to end.
+    pub(crate) fn lock_against_plain_stores(&self) -> Option<MutexGuard<'_, ()>> {
         (self.discipline == Discipline::PerBitLock).then(|| self.lock())
     }
 
-    /// The lock for an operation on many bits. `PerBitLock` takes it too: its plain stores would otherwise
-    /// undo a merge that runs beside them.
-    fn lock_for_bulk(&self) -> Option<MutexGuard<'_, ()>> {
-        match self.discipline {
-            Discipline::LockFree => None,
-            Discipline::PerBitLock | Discipline::SliceLock => Some(self.lock()),
-        }
+    /// The lock for a sync.
+    pub(crate) fn lock_for_sync(&self) -> Option<MutexGuard<'_, ()>> {
+        (self.discipline != Discipline::LockFree).then(|| self.lock())
+    }
+
+    /// The lock for a hint.
+    pub(crate) fn lock_for_hint(&self) -> Option<MutexGuard<'_, ()>> {
+        (self.discipline == Discipline::SliceLock).then(|| self.lock())
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {

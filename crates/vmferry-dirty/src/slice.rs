@@ -1,5 +1,7 @@
-//! A slice of the migration thread's work: taking runs of dirty pages.
+//! A slice of the migration thread's work: taking dirty pages.
 
+use crate::batch::Batch;
+use crate::bitmap::DirtyBitmap;
 use crate::discipline::Discipline;
 use crate::set::DirtySet;
 use crate::sync::MutexGuard;
@@ -27,19 +29,84 @@ pub struct Run {
     pub pages: PageRange,
 }
 
-/// An open slice: takes dirty pages in order from a [`Cursor`].
+/// An open slice: takes dirty pages in order from a [`Cursor`], a run or a batch of runs at a time.
 ///
-/// Under [`Discipline::LockFree`] a whole word of the bitmap is taken with one atomic operation, and runs
-/// are handed out from it; what is left of it when the slice is dropped goes back. The other disciplines
-/// work on the word in place.
+/// Whole words of the bitmap are taken, and runs are handed out from them; what is left of the last word
+/// when the slice is dropped goes back.
 pub struct Slice<'a> {
     set: &'a DirtySet,
     cursor: &'a mut Cursor,
-    /// Bits of the cursor's word that are taken but not yet handed out.
-    held: u64,
+    block: BlockIndex,
+    scan: Scan,
     /// Pages taken that the published count still contains; negative after giving back.
     unpublished: i64,
     _guard: Option<MutexGuard<'a, ()>>,
+}
+
+/// Position in a block's bitmap.
+#[derive(Clone, Copy)]
+struct Scan {
+    /// The word to look at next.
+    next: usize,
+    /// Bits of the word before `next` that are taken but not yet handed out.
+    held: u64,
+}
+
+impl Scan {
+    /// The word that `held` is of.
+    fn word(self) -> usize {
+        self.next - 1
+    }
+
+    /// Takes the next word that is not clean, if there is one.
+    #[inline(always)]
+    fn hold_next(&mut self, bitmap: &DirtyBitmap, take: impl Fn(usize) -> u64) {
+        while self.next < bitmap.words() {
+            let word = bitmap.skip_clean(self.next);
+            if word == bitmap.words() {
+                self.next = word;
+                return;
+            }
+            self.next = word + 1;
+            self.held = take(word);
+            if self.held != 0 {
+                return;
+            }
+            // A hint has cleared the word since we looked.
+        }
+    }
+
+    /// Moves words into `batch`, as many as have room; of the first one a part, if need be. Begins with what is
+    /// held, which is something. Returns how many pages were taken from the bitmap.
+    #[inline(always)]
+    fn fill(
+        &mut self,
+        batch: &mut Batch,
+        mut room: u32,
+        bitmap: &DirtyBitmap,
+        take: impl Fn(usize) -> u64,
+    ) -> u32 {
+        let mut taken = 0;
+        if self.held.count_ones() > room {
+            let mut rest = self.held;
+            for _ in 0..room {
+                rest &= rest - 1;
+            }
+            batch.push(self.word(), self.held ^ rest);
+            self.held = rest;
+            return taken;
+        }
+        while self.held != 0 && self.held.count_ones() <= room {
+            let (word, bits) = (self.word(), std::mem::take(&mut self.held));
+            room -= bits.count_ones();
+            // The next word is taken before the runs of this one are worked out, which needs nothing from
+            // memory: so the processor does that while it waits for the locked instruction.
+            self.hold_next(bitmap, &take);
+            taken += self.held.count_ones();
+            batch.push(word, bits);
+        }
+        taken
+    }
 }
 
 impl<'a> Slice<'a> {
@@ -48,107 +115,98 @@ impl<'a> Slice<'a> {
         cursor: &'a mut Cursor,
         guard: Option<MutexGuard<'a, ()>>,
     ) -> Self {
-        Slice {
+        let (block, word, bit) = (
+            BlockIndex(cursor.block),
+            cursor.page / WORD_BITS,
+            cursor.page % WORD_BITS,
+        );
+        let mut slice = Slice {
             set,
             cursor,
-            held: 0,
+            block,
+            scan: Scan {
+                next: word,
+                held: 0,
+            },
             unpublished: 0,
             _guard: guard,
-        }
-    }
-
-    /// Takes the next run of dirty pages: at most `max` pages, none beyond the next multiple of `align` pages
-    /// (a multiple of 64). `None` when there is no dirty page from the cursor to the end of the last block.
-    pub fn next_run(&mut self, max: usize, align: usize) -> Option<Run> {
-        debug_assert!(max > 0 && align.is_multiple_of(WORD_BITS));
-        loop {
-            if self.cursor.block >= self.set.blocks() {
-                return None;
-            }
-            let block = BlockIndex(self.cursor.block);
-            let bitmap = self.set.bitmap(block);
-            if self.held == 0 {
-                if !self.cursor.page.is_multiple_of(WORD_BITS) {
-                    self.hold(block);
-                    if self.held == 0 {
-                        self.cursor.page = self.cursor.page.next_multiple_of(WORD_BITS);
-                    }
-                } else {
-                    let word = bitmap.skip_clean(self.cursor.page / WORD_BITS);
-                    if word == bitmap.words() {
-                        *self.cursor = Cursor {
-                            block: block.0 + 1,
-                            page: 0,
-                        };
-                        continue;
-                    }
-                    self.cursor.page = word * WORD_BITS;
-                    self.hold(block);
-                    if self.held == 0 {
-                        // A hint cleared the word since we looked.
-                        self.cursor.page += WORD_BITS;
-                    }
-                }
-                if self.held == 0 {
-                    continue;
-                }
-            }
-            return Some(self.run_from_held(block, max, align));
-        }
-    }
-
-    /// Takes the dirty pages of the cursor's word, from the cursor on, into `held`.
-    fn hold(&mut self, block: BlockIndex) {
-        let (word, bit) = (self.cursor.page / WORD_BITS, self.cursor.page % WORD_BITS);
-        let wanted = mask(bit, WORD_BITS - bit);
-        let bitmap = self.set.bitmap(block);
-        self.held = match self.set.discipline() {
-            Discipline::LockFree => bitmap.take(word, wanted),
-            Discipline::SliceLock => bitmap.take_locked(word, wanted),
-            // Counts for itself, bit by bit.
-            Discipline::PerBitLock => {
-                self.held = self
-                    .set
-                    .take_bit_by_bit(block, word, bitmap.load(word) & wanted);
-                return;
-            }
         };
-        self.unpublished += i64::from(self.held.count_ones());
-        if self.unpublished >= PUBLISH_INTERVAL as i64 {
-            self.publish();
+        // The pages of the cursor's word that lie behind it are for the next pass.
+        if bit != 0 {
+            slice.scan.next += 1;
+            slice.scan.held = slice.take(word, mask(bit, WORD_BITS - bit));
         }
+        slice
     }
 
-    /// Hands out a run that begins with the lowest held bit, taking following words as long as it goes on.
-    fn run_from_held(&mut self, block: BlockIndex, max: usize, align: usize) -> Run {
-        let word_start = self.cursor.page / WORD_BITS * WORD_BITS;
-        let start = word_start + self.held.trailing_zeros() as usize;
-        let limit = (start + max).min((start + 1).next_multiple_of(align));
-        let mut end = start;
-        self.cursor.page = start;
+    /// Takes the next run of dirty pages: at most `max` of them. `None` when there is no dirty page from the
+    /// cursor to the end of the last block.
+    pub fn next_run(&mut self, max: usize) -> Option<Run> {
+        debug_assert!(max > 0);
+        if !self.hold_something() {
+            return None;
+        }
+        let bitmap = self.set.bitmap(self.block);
+        let start = self.scan.word() * WORD_BITS + self.scan.held.trailing_zeros() as usize;
+        let (limit, mut end) = (start.saturating_add(max), start);
         loop {
             let bit = end % WORD_BITS;
-            let ones = (!(self.held >> bit)).trailing_zeros() as usize;
-            let ones = ones.min(WORD_BITS - bit).min(limit - end);
-            if ones == 0 {
-                break;
-            }
-            self.held &= !mask(bit, ones);
+            let ones = (self.scan.held >> bit).trailing_ones() as usize;
+            let ones = ones.min(limit - end);
+            self.scan.held &= !mask(bit, ones);
             end += ones;
-            self.cursor.page = end;
-            if !end.is_multiple_of(WORD_BITS) || end == limit {
+            // Does a run that fills its word to the end go on in the next?
+            let word = self.scan.next;
+            if !end.is_multiple_of(WORD_BITS)
+                || end == limit
+                || word == bitmap.words()
+                || bitmap.load(word) & 1 == 0
+            {
                 break;
             }
-            // The run fills its word to the end: look whether it goes on in the next.
-            if end / WORD_BITS >= self.set.bitmap(block).words() {
-                break;
+            self.scan.next += 1;
+            self.scan.held = self.take(word, u64::MAX);
+            if self.scan.held & 1 == 0 {
+                break; // a hint was faster
             }
-            self.hold(block);
         }
-        Run {
-            block,
+        self.publish_if_due();
+        Some(Run {
+            block: self.block,
             pages: PageRange::new(start, end),
+        })
+    }
+
+    /// Takes the next runs of dirty pages, at most `max` pages and [`Batch::MAX_PAGES`], into `batch`, whose
+    /// former content is forgotten. `false` when there is no dirty page from the cursor to the end of the last
+    /// block.
+    ///
+    /// A batch may hold less than it could although there are more pages: it ends with the block, and with
+    /// a word of the bitmap.
+    pub fn next_batch(&mut self, batch: &mut Batch, max: usize) -> bool {
+        debug_assert!(max > 0);
+        let more = self.hold_something();
+        batch.restart(self.block);
+        if !more {
+            return false;
         }
+        let room = max.min(Batch::MAX_PAGES) as u32;
+        let (set, block) = (self.set, self.block);
+        let bitmap = set.bitmap(block);
+        // On a copy, which lives in registers; and with the discipline looked at once, not for each word.
+        let mut scan = self.scan;
+        let taken = match set.discipline() {
+            Discipline::LockFree | Discipline::SliceLock => {
+                scan.fill(batch, room, bitmap, |word| bitmap.take(word, u64::MAX))
+            }
+            Discipline::PerBitLock => scan.fill(batch, room, bitmap, |word| {
+                set.take_bit_by_bit(block, word, u64::MAX)
+            }),
+        };
+        self.scan = scan;
+        self.count(taken);
+        self.publish_if_due();
+        true
     }
 
     /// Gives pages back that were taken in this or an earlier slice but not sent.
@@ -156,18 +214,74 @@ impl<'a> Slice<'a> {
         self.unpublished -= self.set.put_back(run.block, run.pages) as i64;
     }
 
+    /// [`DirtySet::merge`] inside the slice: with [`Discipline::SliceLock`] one lock covers the merge and all that
+    /// is taken after it, as a flush of COLO's RAM cache needs it.
+    pub fn merge(&mut self, block: BlockIndex, log: &[u64]) -> u64 {
+        let _guard = self.set.lock_against_plain_stores();
+        self.set.merge_held(block, log)
+    }
+
+    /// Makes sure that bits are held, in this block or a later one. `false` if there are none left.
+    fn hold_something(&mut self) -> bool {
+        while self.scan.held == 0 {
+            if self.block.0 >= self.set.blocks() {
+                return false;
+            }
+            let (set, block) = (self.set, self.block);
+            self.scan.hold_next(set.bitmap(block), |word| {
+                set.take_word(block, word, u64::MAX)
+            });
+            self.count(self.scan.held.count_ones());
+            if self.scan.held == 0 {
+                self.block.0 += 1;
+                self.scan.next = 0;
+            }
+        }
+        true
+    }
+
+    /// Takes bits of a word.
+    fn take(&mut self, word: usize, mask: u64) -> u64 {
+        let bits = self.set.take_word(self.block, word, mask);
+        self.count(bits.count_ones());
+        bits
+    }
+
+    /// Counts pages that were taken.
+    fn count(&mut self, taken: u32) {
+        // With the lock for every bit goes the count for every bit.
+        if self.set.discipline() != Discipline::PerBitLock {
+            self.unpublished += i64::from(taken);
+        }
+    }
+
+    fn publish_if_due(&mut self) {
+        if self.unpublished >= PUBLISH_INTERVAL as i64 {
+            self.publish();
+        }
+    }
+
     fn publish(&mut self) {
-        self.set.add(-std::mem::take(&mut self.unpublished));
+        if self.unpublished != 0 {
+            let _guard = self.set.lock_against_plain_stores();
+            self.set.add(-std::mem::take(&mut self.unpublished));
+        }
     }
 }
 
 impl Drop for Slice<'_> {
     fn drop(&mut self) {
-        if self.held != 0 {
-            let block = BlockIndex(self.cursor.block);
-            let word = self.cursor.page / WORD_BITS;
-            self.unpublished -= self.set.put_back_word(block, word, self.held) as i64;
+        let Scan { next, held } = self.scan;
+        let mut page = next * WORD_BITS;
+        if held != 0 {
+            let word = self.scan.word();
+            page = word * WORD_BITS + held.trailing_zeros() as usize;
+            self.unpublished -= self.set.put_back_word(self.block, word, held) as i64;
         }
+        *self.cursor = Cursor {
+            block: self.block.0,
+            page,
+        };
         self.publish();
     }
 }

@@ -1,13 +1,15 @@
 //! The synchronisation primitives, replaced by loom's when the concurrency models are checked.
 
+pub(crate) use std::sync::PoisonError;
+
 #[cfg(not(loom))]
 pub(crate) use std::sync::{
-    Mutex, MutexGuard,
-    atomic::{AtomicI64, AtomicU64, Ordering},
+    Mutex, MutexGuard, RwLock,
+    atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
 };
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{
-    Mutex, MutexGuard,
-    atomic::{AtomicI64, AtomicU64, Ordering},
+    Mutex, MutexGuard, RwLock,
+    atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
 };

@@ -1,22 +1,51 @@
-//! Dirty tracking of a running migration: the bitmaps, the log that feeds them, and the order of law 3.
+//! Dirty tracking of a running migration: the bitmaps, the log that feeds them, and the order of laws 3 and 4.
+
+use std::time::{Duration, Instant};
 
 use crate::arming::{ArmingChunk, BlockArming};
+use crate::batch::Batch;
 use crate::discipline::Discipline;
 use crate::log::{DirtyLog, LogError};
 use crate::set::DirtySet;
 use crate::slice::{Cursor, Run, Slice};
-use crate::units::BlockIndex;
+use crate::sync::{PoisonError, RwLock};
+use crate::units::{BlockIndex, PageRange};
 
 /// What must still be sent, and what the guest writes meanwhile.
 ///
-/// [`sync`](Self::sync) fetches the log and merges it; a [`TrackedSlice`] takes runs of dirty pages and arms
-/// the log for them before it hands them out, so that its user cannot read a page too early.
+/// [`sync`](Self::sync) fetches the log and merges it; a [`TrackedSlice`] takes dirty pages and arms the log for
+/// them before it hands them out, so that its user cannot read a page too early (law 3). Meanwhile
+/// [`hint`](Self::hint) may clear pages that the guest does not use (law 4).
+///
+/// # Hints
+///
+/// A guest that says "this page is free" speaks of the moment at which it says so. The bit may be cleared only as
+/// long as a later write to the page is still going to be seen:
+///
+/// - not after a sync that came in between, which may have fetched such a write: so every sync ends the
+///   [`HintRound`] that was open, and a hint of a round that is over changes nothing;
+/// - not before the page is armed: the write would be in the log already, as one that the guest made before its
+///   hint, and arming would forget it.
 pub struct DirtyTracker<'g> {
     log: &'g dyn DirtyLog,
     set: DirtySet,
     arming: Vec<BlockArming>,
-    chunk: ArmingChunk,
+    /// The round that hints may be of. A hint holds it for reading while it changes something.
+    ///
+    /// Locks are taken in this order: the set's (under `SliceLock`), this one, a block's arming, the set's
+    /// (under `PerBitLock`, for a bit).
+    hints: RwLock<Hints>,
 }
+
+struct Hints {
+    open: bool,
+    /// The last round that was opened.
+    last: HintRound,
+}
+
+/// A time between two syncs in which hints count. Each has a number of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HintRound(u64);
 
 impl<'g> DirtyTracker<'g> {
     /// Switches `log` on, with every page of every block dirty. `block_pages` holds the blocks' sizes.
@@ -34,7 +63,10 @@ impl<'g> DirtyTracker<'g> {
                 .enumerate()
                 .map(|(block, &pages)| BlockArming::new(BlockIndex(block), pages, chunk))
                 .collect(),
-            chunk,
+            hints: RwLock::new(Hints {
+                open: false,
+                last: HintRound(0),
+            }),
         };
         log.start()?;
         tracker.set.mark_all();
@@ -44,13 +76,56 @@ impl<'g> DirtyTracker<'g> {
         Ok(tracker)
     }
 
-    /// Merges what was written since the last sync; returns how many pages were clean before.
+    /// Merges what was written since the last sync; returns how many pages were clean before. Hints count for
+    /// nothing until the next [`begin_hints`](Self::begin_hints).
     pub fn sync(&self) -> Result<u64, LogError> {
+        let _guard = self.set.lock_for_hint();
+        self.sync_without_hints()
+    }
+
+    /// [`sync`](Self::sync) for a caller that holds the lock which hints take.
+    fn sync_without_hints(&self) -> Result<u64, LogError> {
+        // Waits for a hint that is being carried out, but not for the lock: under `PerBitLock` the hint needs it.
+        self.hints
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .open = false;
+        let _guard = self.set.lock_against_plain_stores();
         let mut new = 0;
         for (block, arming) in self.arming.iter().enumerate() {
-            new += arming.fetch(self.log, |words| self.set.merge(BlockIndex(block), words))?;
+            let merge = |words: &[u64]| self.set.merge_held(BlockIndex(block), words);
+            new += arming.fetch(self.log, merge)?;
         }
         Ok(new)
+    }
+
+    /// Lets hints count until the next sync. The guest must be asked for its free pages after this call: an older
+    /// answer is older than the sync.
+    pub fn begin_hints(&self) -> HintRound {
+        let mut hints = self.hints.write().unwrap_or_else(PoisonError::into_inner);
+        hints.last.0 += 1;
+        hints.open = true;
+        hints.last
+    }
+
+    /// The guest does not use these pages, and said so in `round`: they need not be sent. Returns how many of them
+    /// were dirty; 0 if the round is over. What lies beyond the block's end, or in no block, is ignored.
+    pub fn hint(
+        &self,
+        round: HintRound,
+        block: BlockIndex,
+        range: PageRange,
+    ) -> Result<u64, LogError> {
+        let Some(arming) = self.arming.get(block.0) else {
+            return Ok(0);
+        };
+        let _guard = self.set.lock_for_hint();
+        let hints = self.hints.read().unwrap_or_else(PoisonError::into_inner);
+        if !hints.open || hints.last != round {
+            return Ok(0);
+        }
+        arming.arm(self.log, range)?;
+        Ok(self.set.clear_held(block, range))
     }
 
     /// Begins a slice of work at `cursor`.
@@ -58,6 +133,7 @@ impl<'g> DirtyTracker<'g> {
         TrackedSlice {
             slice: self.set.slice(cursor),
             tracker: self,
+            arming_time: Duration::ZERO,
         }
     }
 
@@ -80,24 +156,62 @@ impl Drop for DirtyTracker<'_> {
 pub struct TrackedSlice<'a> {
     slice: Slice<'a>,
     tracker: &'a DirtyTracker<'a>,
+    arming_time: Duration,
 }
 
 impl TrackedSlice<'_> {
     /// Takes the next run of at most `max` dirty pages, ready to be read. See [`Slice::next_run`].
     pub fn next_run(&mut self, max: usize) -> Result<Option<Run>, LogError> {
-        let Some(run) = self.slice.next_run(max, self.tracker.chunk.pages()) else {
+        let Some(run) = self.slice.next_run(max) else {
             return Ok(None);
         };
-        let arming = &self.tracker.arming[run.block.0];
-        if let Err(e) = arming.arm(self.tracker.log, run.pages.start.0) {
+        if let Err(e) = self.arm(run.block, &[run.pages]) {
             self.slice.give_back(run);
             return Err(e);
         }
         Ok(Some(run))
     }
 
+    /// Takes the next runs of dirty pages, ready to be read. See [`Slice::next_batch`].
+    pub fn next_batch(&mut self, batch: &mut Batch, max: usize) -> Result<bool, LogError> {
+        if !self.slice.next_batch(batch, max) {
+            return Ok(false);
+        }
+        let block = batch.block();
+        if let Err(e) = self.arm(block, batch.runs()) {
+            for &pages in batch.runs() {
+                self.slice.give_back(Run { block, pages });
+            }
+            return Err(e);
+        }
+        Ok(true)
+    }
+
+    fn arm(&mut self, block: BlockIndex, runs: &[PageRange]) -> Result<(), LogError> {
+        let arming = &self.tracker.arming[block.0];
+        for &run in runs {
+            if arming.is_pending(run) {
+                let start = Instant::now();
+                arming.arm(self.tracker.log, run)?;
+                self.arming_time += start.elapsed();
+            }
+        }
+        Ok(())
+    }
+
     /// Gives pages back that were not sent. See [`Slice::give_back`].
     pub fn give_back(&mut self, run: Run) {
         self.slice.give_back(run);
+    }
+
+    /// [`DirtyTracker::sync`] inside the slice: with [`Discipline::SliceLock`] one lock covers the sync and all that is
+    /// taken after it, as a flush of COLO's RAM cache needs it.
+    pub fn sync(&mut self) -> Result<u64, LogError> {
+        self.tracker.sync_without_hints()
+    }
+
+    /// Time spent on arming in this slice.
+    pub fn arming_time(&self) -> Duration {
+        self.arming_time
     }
 }

@@ -12,7 +12,7 @@ fn drain(set: &DirtySet) -> u64 {
     let mut cursor = Cursor::default();
     let mut slice = set.slice(&mut cursor);
     let mut bits = 0;
-    while let Some(run) = slice.next_run(64, 64) {
+    while let Some(run) = slice.next_run(64) {
         for page in run.pages.indices() {
             assert_eq!(
                 bits >> page & 1,

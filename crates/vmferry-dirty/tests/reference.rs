@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
-use vmferry_dirty::{BlockIndex, Cursor, DirtySet, Discipline, PageRange, Run};
+use vmferry_dirty::{Batch, BlockIndex, Cursor, DirtySet, Discipline, PageRange, Run, Slice};
 
 const BLOCKS: [usize; 3] = [1, 200, 64 * 5];
 
@@ -12,13 +12,22 @@ enum Op {
     Mark(usize, PageRange),
     Merge(usize, Vec<u64>),
     Clear(usize, PageRange),
-    /// Take up to so many runs of so many pages, and give every n-th back.
+    /// Take up to so many runs, or batches of them, of so many pages, and give every n-th back.
     Slice {
-        runs: usize,
+        take: Take,
+        times: usize,
         max: usize,
         give_back: usize,
     },
+    /// A COLO flush: a log is merged and everything taken in one slice.
+    Flush(usize, Vec<u64>),
     Rewind,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Take {
+    Runs,
+    Batches,
 }
 
 fn range() -> impl Strategy<Value = PageRange> {
@@ -31,11 +40,20 @@ fn op() -> impl Strategy<Value = Op> {
         (block.clone(), range()).prop_map(|(b, r)| Op::Mark(b, r)),
         (block.clone(), prop::collection::vec(any::<u64>(), 5)).prop_map(|(b, w)| Op::Merge(b, w)),
         (block, range()).prop_map(|(b, r)| Op::Clear(b, r)),
-        (1..40usize, 1..150usize, 1..5usize).prop_map(|(runs, max, give_back)| Op::Slice {
-            runs,
-            max,
-            give_back
-        }),
+        (
+            prop_oneof![Just(Take::Runs), Just(Take::Batches)],
+            1..40usize,
+            1..300usize,
+            1..5usize
+        )
+            .prop_map(|(take, times, max, give_back)| Op::Slice {
+                take,
+                times,
+                max,
+                give_back
+            }),
+        (0..BLOCKS.len(), prop::collection::vec(any::<u64>(), 5))
+            .prop_map(|(b, w)| Op::Flush(b, w)),
         Just(Op::Rewind),
     ]
 }
@@ -48,34 +66,82 @@ fn check(set: &DirtySet, model: &Model) {
         let bitmap = set.bitmap(BlockIndex(block));
         let expected = model.iter().filter(|(b, _)| *b == block).count() as u64;
         assert_eq!(bitmap.count(), expected);
+        let mut visited = Vec::new();
+        bitmap.visit(|run| {
+            let gap = visited.last().is_none_or(|&last| last + 1 < run.start.0);
+            assert!(gap && !run.is_empty(), "runs are whole and in order");
+            visited.extend(run.indices());
+        });
+        assert!(
+            visited
+                .iter()
+                .map(|&p| (block, p))
+                .eq(model.iter().copied().filter(|(b, _)| *b == block))
+        );
         for page in 0..pages + 3 {
             assert_eq!(bitmap.is_dirty(page), model.contains(&(block, page)));
         }
     }
 }
 
-fn run_slice(set: &DirtySet, model: &mut Model, cursor: &mut Cursor, op: (usize, usize, usize)) {
-    let (runs, max, give_back) = op;
-    let align = 128;
+/// What is taken next: one run, or those of a batch.
+fn take(slice: &mut Slice<'_>, how: Take, max: usize) -> Vec<Run> {
+    match how {
+        Take::Runs => slice.next_run(max).into_iter().collect(),
+        Take::Batches => {
+            let mut batch = Batch::new();
+            assert_eq!(slice.next_batch(&mut batch, max), !batch.is_empty());
+            let block = batch.block();
+            assert!(batch.runs().is_sorted_by(|a, b| a.end < b.start));
+            let runs: Vec<_> = batch
+                .runs()
+                .iter()
+                .map(|&pages| Run { block, pages })
+                .collect();
+            let pages = runs.iter().map(|run| run.pages.len()).sum::<usize>();
+            assert_eq!(pages, batch.pages());
+            runs
+        }
+    }
+}
+
+fn run_slice(
+    set: &DirtySet,
+    model: &mut Model,
+    cursor: &mut Cursor,
+    (how, times, max, give_back): (Take, usize, usize, usize),
+) {
     let mut slice = set.slice(cursor);
     let mut returned: Vec<Run> = Vec::new();
-    for i in 0..runs {
-        let Some(run) = slice.next_run(max, align) else {
-            break;
-        };
-        assert!(!run.pages.is_empty() && run.pages.len() <= max);
-        assert_eq!(run.pages.start.0 / align, (run.pages.end.0 - 1) / align);
-        for page in run.pages.indices() {
-            assert!(model.remove(&(run.block.0, page)), "a clean page was taken");
-        }
-        if i % give_back == 0 {
-            returned.push(run);
+    for i in 0..times {
+        let runs = take(&mut slice, how, max);
+        assert!(runs.iter().map(|run| run.pages.len()).sum::<usize>() <= max);
+        for run in runs {
+            assert!(!run.pages.is_empty());
+            for page in run.pages.indices() {
+                assert!(model.remove(&(run.block.0, page)), "a clean page was taken");
+            }
+            if i % give_back == 0 {
+                returned.push(run);
+            }
         }
     }
     for run in returned {
         slice.give_back(run);
         model.extend(run.pages.indices().map(|p| (run.block.0, p)));
     }
+}
+
+/// Words as a log of `block`, with nothing beyond its end, and the pages in them.
+fn log(block: usize, words: &[u64]) -> (Vec<u64>, Vec<usize>) {
+    let pages = BLOCKS[block];
+    let mut log = words[..pages.div_ceil(64)].to_vec();
+    if !pages.is_multiple_of(64) {
+        *log.last_mut().unwrap() &= (1 << (pages % 64)) - 1;
+    }
+    let bits = (0..pages).filter(|p| log[p / 64] >> (p % 64) & 1 == 1);
+    let bits = bits.collect();
+    (log, bits)
 }
 
 fn apply(set: &DirtySet, model: &mut Model, cursor: &mut Cursor, op: &Op) {
@@ -86,14 +152,24 @@ fn apply(set: &DirtySet, model: &mut Model, cursor: &mut Cursor, op: &Op) {
             assert_eq!(set.mark(BlockIndex(block), range), new as u64);
         }
         Op::Merge(block, ref words) => {
-            let pages = BLOCKS[block];
-            let mut log = words[..pages.div_ceil(64)].to_vec();
-            if !pages.is_multiple_of(64) {
-                *log.last_mut().unwrap() &= (1 << (pages % 64)) - 1;
-            }
-            let bits = (0..pages).filter(|p| log[p / 64] >> (p % 64) & 1 == 1);
-            let new = bits.filter(|&p| model.insert((block, p))).count();
+            let (log, bits) = log(block, words);
+            let new = bits
+                .into_iter()
+                .filter(|&p| model.insert((block, p)))
+                .count();
             assert_eq!(set.merge(BlockIndex(block), &log), new as u64);
+        }
+        Op::Flush(block, ref words) => {
+            let (log, bits) = log(block, words);
+            let new = bits
+                .into_iter()
+                .filter(|&p| model.insert((block, p)))
+                .count();
+            *cursor = Cursor::default();
+            let mut slice = set.slice(cursor);
+            assert_eq!(slice.merge(BlockIndex(block), &log), new as u64);
+            while let [_, ..] = take(&mut slice, Take::Batches, Batch::MAX_PAGES)[..] {}
+            model.clear();
         }
         Op::Clear(block, range) => {
             let pages = range.clamp_to(BLOCKS[block]).indices();
@@ -101,10 +177,11 @@ fn apply(set: &DirtySet, model: &mut Model, cursor: &mut Cursor, op: &Op) {
             assert_eq!(set.clear(BlockIndex(block), range), gone as u64);
         }
         Op::Slice {
-            runs,
+            take,
+            times,
             max,
             give_back,
-        } => run_slice(set, model, cursor, (runs, max, give_back)),
+        } => run_slice(set, model, cursor, (take, times, max, give_back)),
         Op::Rewind => *cursor = Cursor::default(),
     }
 }
@@ -113,7 +190,7 @@ fn apply(set: &DirtySet, model: &mut Model, cursor: &mut Cursor, op: &Op) {
 fn drain(set: &DirtySet, model: &mut Model) {
     let mut cursor = Cursor::default();
     let mut slice = set.slice(&mut cursor);
-    while let Some(run) = slice.next_run(64, 128) {
+    while let Some(run) = slice.next_run(64) {
         for page in run.pages.indices() {
             assert!(model.remove(&(run.block.0, page)));
         }
@@ -123,9 +200,9 @@ fn drain(set: &DirtySet, model: &mut Model) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(300))]
     #[test]
-    fn every_discipline_behaves_like_a_set_of_pages(ops in prop::collection::vec(op(), 1..120)) {
+    fn every_discipline_behaves_like_a_set_of_pages(ops in prop::collection::vec(op(), 1..400)) {
         for discipline in Discipline::ALL {
             let set = DirtySet::new(&BLOCKS, discipline);
             let mut model = Model::new();
@@ -170,7 +247,7 @@ fn the_count_is_exact_after_threads_have_raced() {
                 for _ in 0..200 {
                     let mut cursor = Cursor::default();
                     let mut slice = set.slice(&mut cursor);
-                    while let Some(run) = slice.next_run(50, 512) {
+                    while let Some(run) = slice.next_run(50) {
                         taken += run.pages.len() as u64;
                     }
                 }

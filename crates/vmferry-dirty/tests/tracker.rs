@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use vmferry_dirty::log::LogError;
 use vmferry_dirty::{
-    ArmingChunk, BlockIndex, Cursor, DirtyLog, DirtyTracker, Discipline, PageRange,
+    ArmingChunk, Batch, BlockIndex, Cursor, DirtyLog, DirtyTracker, Discipline, PageRange,
 };
 
 const PAGES: usize = 64 * 10 + 7;
@@ -95,22 +95,34 @@ fn a_page_is_armed_before_it_is_handed_out_and_a_later_write_is_not_lost() {
         let chunk = ArmingChunk::from_bytes(128 * 4096);
         let tracker = DirtyTracker::start(&log, &[PAGES], discipline, chunk).unwrap();
         assert_eq!(tracker.set().dirty_pages(), PAGES as u64);
-        for pass in 0..4 {
+        for pass in 0..6 {
             let expected = tracker.set().dirty_pages();
             let mut sent = vec![false; PAGES];
+            let mut written = 0;
+            let mut send = |page: usize| {
+                assert!(
+                    log.is_armed(page),
+                    "law 3: {page} is read before it is armed"
+                );
+                sent[page] = true;
+                if page % 7 == pass {
+                    log.write(page); // after it was read: must show up again
+                    written += 1;
+                }
+            };
             let mut cursor = Cursor::default();
             let mut slice = tracker.slice(&mut cursor);
-            let mut written = 0;
-            while let Some(run) = slice.next_run(13).unwrap() {
-                for page in run.pages.indices() {
-                    assert!(
-                        log.is_armed(page),
-                        "law 3: {page} is read before it is armed"
-                    );
-                    sent[page] = true;
-                    if page % 5 == pass {
-                        log.write(page); // after it was read: must show up again
-                        written += 1;
+            match pass % 2 {
+                0 => {
+                    while let Some(run) = slice.next_run(13).unwrap() {
+                        run.pages.indices().for_each(&mut send);
+                    }
+                }
+                _ => {
+                    let mut batch = Batch::new();
+                    while slice.next_batch(&mut batch, 200).unwrap() {
+                        let pages = batch.runs().iter().flat_map(|run| run.indices());
+                        pages.for_each(&mut send);
                     }
                 }
             }
@@ -119,6 +131,95 @@ fn a_page_is_armed_before_it_is_handed_out_and_a_later_write_is_not_lost() {
             assert_eq!(tracker.set().dirty_pages(), 0);
             assert_eq!(tracker.sync().unwrap(), written, "law 1: a write was lost");
         }
+    }
+}
+
+/// Everything that is dirty, taken.
+fn drain(tracker: &DirtyTracker<'_>) -> Vec<usize> {
+    let (mut cursor, mut batch) = (Cursor::default(), Batch::new());
+    let mut slice = tracker.slice(&mut cursor);
+    let mut pages = Vec::new();
+    while slice.next_batch(&mut batch, 256).unwrap() {
+        pages.extend(batch.runs().iter().flat_map(|run| run.indices()));
+    }
+    pages
+}
+
+const BLOCK: BlockIndex = BlockIndex(0);
+
+#[test]
+fn a_hint_arms_its_chunk_before_it_clears() {
+    for discipline in Discipline::ALL {
+        let log = ManualLog::new();
+        let chunk = ArmingChunk::from_bytes(128 * 4096);
+        let tracker = DirtyTracker::start(&log, &[PAGES], discipline, chunk).unwrap();
+        let round = tracker.begin_hints();
+        let hinted = tracker
+            .hint(round, BLOCK, PageRange::new(130, 140))
+            .unwrap();
+        assert_eq!(hinted, 10);
+        assert!(
+            (128..256).all(|page| log.is_armed(page)) && !log.is_armed(0) && !log.is_armed(256)
+        );
+        // Its guest takes a hinted page into use again. Other pages of the chunk are read after that, which
+        // must not arm the chunk once more.
+        log.write(135);
+        assert_eq!(drain(&tracker).len(), PAGES - 10);
+        assert_eq!(tracker.sync().unwrap(), 1, "law 4: the write is lost");
+        assert_eq!(drain(&tracker), [135]);
+    }
+}
+
+#[test]
+fn a_hint_counts_only_in_its_round_and_inside_the_guest() {
+    for discipline in Discipline::ALL {
+        let log = ManualLog::new();
+        let tracker =
+            DirtyTracker::start(&log, &[PAGES], discipline, ArmingChunk::default()).unwrap();
+        let pages = |start, end| PageRange::new(start, end);
+        let first = tracker.begin_hints();
+        assert_eq!(tracker.hint(first, BLOCK, pages(0, 3)).unwrap(), 3);
+        assert_eq!(tracker.hint(first, BLOCK, pages(0, 4)).unwrap(), 1);
+        let beyond = pages(PAGES - 1, usize::MAX);
+        assert_eq!(tracker.hint(first, BLOCK, beyond).unwrap(), 1);
+        assert_eq!(tracker.hint(first, BLOCK, pages(usize::MAX, 0)).unwrap(), 0);
+        assert_eq!(tracker.hint(first, BlockIndex(1), pages(0, 9)).unwrap(), 0);
+        tracker.sync().unwrap();
+        let dirty = tracker.set().dirty_pages();
+        let all = pages(0, PAGES);
+        assert_eq!(tracker.hint(first, BLOCK, all).unwrap(), 0, "after a sync");
+        let second = tracker.begin_hints();
+        assert_eq!(
+            tracker.hint(first, BLOCK, all).unwrap(),
+            0,
+            "of the last round"
+        );
+        assert_eq!(tracker.set().dirty_pages(), dirty);
+        assert_eq!(tracker.hint(second, BLOCK, all).unwrap(), dirty);
+        assert_eq!(tracker.set().dirty_pages(), 0);
+    }
+}
+
+#[test]
+fn a_flush_syncs_and_takes_in_one_slice() {
+    for discipline in Discipline::ALL {
+        let log = ManualLog::new();
+        let tracker =
+            DirtyTracker::start(&log, &[PAGES], discipline, ArmingChunk::default()).unwrap();
+        drain(&tracker);
+        let round = tracker.begin_hints();
+        log.write(77);
+        let mut cursor = Cursor::default();
+        let mut slice = tracker.slice(&mut cursor);
+        assert_eq!(slice.sync().unwrap(), 1);
+        assert_eq!(
+            slice.next_run(64).unwrap().unwrap().pages,
+            PageRange::new(77, 78)
+        );
+        assert!(log.is_armed(77));
+        drop(slice);
+        tracker.set().mark(BLOCK, PageRange::new(0, 1));
+        assert_eq!(tracker.hint(round, BLOCK, PageRange::new(0, 1)).unwrap(), 0);
     }
 }
 

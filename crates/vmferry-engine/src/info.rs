@@ -28,8 +28,21 @@ pub struct Info {
     pub ram: RamInfo,
     /// How the dirty bitmap is kept right (source only).
     pub discipline: Option<Discipline>,
+    /// What dirty tracking costs the migration thread (source only).
+    pub tracking: TrackingInfo,
     /// Bytes a second that the channel takes, as measured (0: not yet).
     pub bandwidth: u64,
+}
+
+/// Time that the migration thread has spent on dirty tracking. Divide by [`Info::total_time`] for its share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TrackingInfo {
+    /// Finding dirty pages in the bitmap and taking them, with the wait for a lock if the discipline has one.
+    pub bitmap: Duration,
+    /// Arming the dirty log, chunk by chunk.
+    pub arming: Duration,
+    /// Fetching the dirty log and merging it, and switching it on.
+    pub sync: Duration,
 }
 
 /// The part of [`Info`] that is about RAM.

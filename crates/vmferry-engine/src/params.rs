@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vmferry_dirty::Discipline;
+use vmferry_dirty::{ArmingChunk, Discipline};
 
 /// Parameters of a migration. Those marked *live* may be changed while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub struct Parameters {
     pub max_bandwidth: Option<u64>,
     /// How the dirty bitmap is kept right. Taken when the migration starts.
     pub discipline: Discipline,
+    /// How much of the dirty log is armed at a time. Taken when the migration starts.
+    pub arming_chunk: ArmingChunk,
     /// How long the other side may make no progress before the migration fails. *Live.*
     pub peer_timeout: Duration,
     /// Stop between pausing the guest and sending the last of it, until the user says go. *Live.*
@@ -26,6 +28,7 @@ impl Default for Parameters {
             downtime_limit: Duration::from_millis(300),
             max_bandwidth: None,
             discipline: Discipline::default(),
+            arming_chunk: ArmingChunk::default(),
             peer_timeout: Duration::from_secs(10),
             pause_before_switchover: false,
         }

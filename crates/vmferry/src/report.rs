@@ -64,6 +64,16 @@ pub fn migration_table(info: &MigrationInfo) -> Table {
     if let Some(discipline) = info.x_vmferry_discipline {
         table.row("discipline", discipline.to_string());
     }
+    if let (Some(spent), Some(total)) = (info.x_vmferry_dirty_tracking, info.total_time) {
+        let share = |us: u64| us as f64 / 10.0 / total.max(1) as f64;
+        let shares = format!(
+            "{:.2} % of the time in the bitmap, {:.2} % arming the log, {:.2} % fetching it",
+            share(spent.bitmap_us),
+            share(spent.arming_us),
+            share(spent.sync_us)
+        );
+        table.row("tracking", shares);
+    }
     if let Some(error) = &info.error_desc {
         table.row("error", error);
     }

@@ -87,9 +87,24 @@ pub struct MigrationInfo {
     /// The discipline that the dirty bitmap is cleared by.
     #[serde(with = "as_text::option", skip_serializing_if = "Option::is_none")]
     pub x_vmferry_discipline: Option<Discipline>,
+    /// What dirty tracking has cost the migration thread.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub x_vmferry_dirty_tracking: Option<DirtyTracking>,
     /// Bandwidth measured over the last pass, in bytes per second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub x_vmferry_bandwidth: Option<u64>,
+}
+
+/// Time that the migration thread has spent on dirty tracking, out of `total-time`. All in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DirtyTracking {
+    /// Taking dirty pages out of the bitmap, waiting for its lock included.
+    pub bitmap_us: u64,
+    /// Arming the dirty log.
+    pub arming_us: u64,
+    /// Fetching the dirty log and merging it into the bitmap.
+    pub sync_us: u64,
 }
 
 /// RAM accounting of a migration.

@@ -20,7 +20,10 @@ pub use machine::{
     CommandInfo, CpuInfoFast, CpuInstanceProperties, KvmInfo, NameInfo, RunState, StatusInfo,
     Version, VersionInfo,
 };
-pub use migration::{MigrateContinue, MigrationInfo, MigrationRamStats, MigrationStatus};
+pub use migration::{
+    DirtyTracking, MigrateContinue, MigrationInfo, MigrationRamStats, MigrationStatus,
+};
 pub use parameters::{
-    MAX_DOWNTIME_LIMIT_MS, MAX_PEER_TIMEOUT_MS, MigrateSetParameters, MigrationParameters,
+    ARMING_CHUNK_BYTES, MAX_DOWNTIME_LIMIT_MS, MAX_PEER_TIMEOUT_MS, MigrateSetParameters,
+    MigrationParameters,
 };

@@ -12,6 +12,10 @@ pub const MAX_DOWNTIME_LIMIT_MS: u64 = 2_000_000;
 /// The largest `x-vmferry-peer-timeout`, in milliseconds: one day.
 pub const MAX_PEER_TIMEOUT_MS: u64 = 86_400_000;
 
+/// The bounds of `x-vmferry-arming-chunk`, in bytes: what one word of a bitmap stands for, and what one KVM memory
+/// slot can hold.
+pub const ARMING_CHUNK_BYTES: std::ops::RangeInclusive<u64> = 256 << 10..=8 << 40;
+
 /// Answer to `query-migrate-parameters`: all that can be set, with the values in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -23,6 +27,9 @@ pub struct MigrationParameters {
     /// The discipline that the next migration clears its dirty bitmap by.
     #[serde(with = "as_text")]
     pub x_vmferry_discipline: Discipline,
+    /// Bytes of RAM for which the next migration arms its dirty log at a time: a power of two (others are rounded
+    /// up) in [`ARMING_CHUNK_BYTES`].
+    pub x_vmferry_arming_chunk: u64,
     /// Milliseconds of silence after which the peer counts as lost, 1 to [`MAX_PEER_TIMEOUT_MS`].
     pub x_vmferry_peer_timeout: u64,
 }
@@ -34,11 +41,13 @@ impl MigrationParameters {
             downtime_limit,
             max_bandwidth,
             x_vmferry_discipline,
+            x_vmferry_arming_chunk,
             x_vmferry_peer_timeout,
         } = changes;
         self.downtime_limit = downtime_limit.unwrap_or(self.downtime_limit);
         self.max_bandwidth = max_bandwidth.unwrap_or(self.max_bandwidth);
         self.x_vmferry_discipline = x_vmferry_discipline.unwrap_or(self.x_vmferry_discipline);
+        self.x_vmferry_arming_chunk = x_vmferry_arming_chunk.unwrap_or(self.x_vmferry_arming_chunk);
         self.x_vmferry_peer_timeout = x_vmferry_peer_timeout.unwrap_or(self.x_vmferry_peer_timeout);
     }
 }
@@ -60,6 +69,12 @@ pub struct MigrateSetParameters {
     /// A discipline.
     #[serde(with = "as_text::option", skip_serializing_if = "Option::is_none")]
     pub x_vmferry_discipline: Option<Discipline>,
+    /// Bytes.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "arming_chunk"
+    )]
+    pub x_vmferry_arming_chunk: Option<u64>,
     /// Milliseconds.
     #[serde(
         skip_serializing_if = "Option::is_none",
@@ -76,6 +91,18 @@ fn downtime_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u
         ));
     }
     Ok(limit)
+}
+
+fn arming_chunk<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let bytes = Option::deserialize(deserializer)?;
+    if bytes.is_some_and(|bytes| !ARMING_CHUNK_BYTES.contains(&bytes)) {
+        return Err(D::Error::custom(format!(
+            "Parameter 'x-vmferry-arming-chunk' expects an integer in the range of {} to {} bytes",
+            ARMING_CHUNK_BYTES.start(),
+            ARMING_CHUNK_BYTES.end()
+        )));
+    }
+    Ok(bytes)
 }
 
 fn peer_timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {

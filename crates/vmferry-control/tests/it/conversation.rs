@@ -97,6 +97,7 @@ fn parameters_are_set_and_read() {
             "downtime-limit": 2_000_000,
             "max-bandwidth": u64::MAX,
             "x-vmferry-discipline": "slice-lock",
+            "x-vmferry-arming-chunk": 16 << 20,
             "x-vmferry-peer-timeout": 10_000
         })
     );
@@ -108,6 +109,10 @@ fn parameters_are_set_and_read() {
         (
             json!({"x-vmferry-discipline": 5}),
             "Invalid parameter type for 'x-vmferry-discipline', expected: string",
+        ),
+        (
+            json!({"x-vmferry-arming-chunk": 4096}),
+            "Parameter 'x-vmferry-arming-chunk' expects an integer in the range of 262144 to 8796093022208 bytes",
         ),
         (
             json!({"x-vmferry-peer-timeout": 0}),

@@ -230,6 +230,7 @@ impl Rig {
                     downtime_limit: 300,
                     max_bandwidth: 0,
                     x_vmferry_discipline: Discipline::LockFree,
+                    x_vmferry_arming_chunk: 16 << 20,
                     x_vmferry_peer_timeout: 10_000,
                 },
                 migration: MigrationInfo::default(),

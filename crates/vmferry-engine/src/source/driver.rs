@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use vmferry_dirty::{ArmingChunk, DirtyTracker};
+use vmferry_dirty::DirtyTracker;
 use vmferry_wire::{Command, DeviceState, Encoder, RamLayout};
 
 use super::pace::{BandwidthMeter, RateLimiter};
@@ -147,14 +147,12 @@ impl<'a> Driver<'a> {
 
     fn start_tracking(&mut self) -> Result<DirtyTracker<'a>, MigrationError> {
         let sizes: Vec<usize> = self.guest.ram().iter().map(|b| b.pages()).collect();
-        let discipline = self.shared.parameters().discipline;
-        let tracker = DirtyTracker::start(
-            self.guest.dirty_log(),
-            &sizes,
-            discipline,
-            ArmingChunk::default(),
-        )?;
+        let parameters = self.shared.parameters();
+        let (discipline, chunk) = (parameters.discipline, parameters.arming_chunk);
+        let start = Instant::now();
+        let tracker = DirtyTracker::start(self.guest.dirty_log(), &sizes, discipline, chunk)?;
         self.shared.update(|info| {
+            info.tracking.sync += start.elapsed();
             info.discipline = Some(discipline);
             info.ram.dirty_sync_count = 1;
             info.ram.remaining = info.ram.total;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use vmferry_dirty::{Cursor, DirtyTracker, PAGE_SIZE, PageIndex, Run};
+use vmferry_dirty::{Batch, Cursor, DirtyTracker, PAGE_SIZE, PageIndex};
 use vmferry_wire::Command;
 
 use super::driver::{Driver, Hold};
@@ -13,9 +13,9 @@ use crate::error::MigrationError;
 /// Law 5: a slice ends after this time, with or without a lock held.
 pub(super) const MAX_WAIT: Duration = Duration::from_millis(50);
 
-/// Pages in one RAM section of the stream, and between two looks at the clock. A megabyte, so that what
-/// the search for zeros has read is still in the processor's cache when the kernel copies it.
-const BATCH_PAGES: usize = 256;
+/// Pages in one RAM section of the stream, and between two looks at whether the slice is over. A megabyte, so that
+/// what the search for zeros has read is still in the processor's cache when the kernel copies it.
+const SECTION_PAGES: usize = Batch::MAX_PAGES;
 
 /// Bytes that a page takes in the stream: its record and itself.
 const PAGE_ON_WIRE: u64 = PAGE_SIZE as u64 + 8;
@@ -97,9 +97,11 @@ impl Driver<'_> {
 
     /// Fetches the dirty log into the bitmap.
     pub(super) fn sync(&mut self, tracker: &DirtyTracker<'_>) -> Result<(), MigrationError> {
+        let start = Instant::now();
         tracker.sync()?;
         let mut number = 0;
         self.shared.update(|info| {
+            info.tracking.sync += start.elapsed();
             info.ram.dirty_sync_count += 1;
             number = info.ram.dirty_sync_count;
         });
@@ -139,24 +141,30 @@ impl Driver<'_> {
             return Ok(SliceEnd::TimeIsUp);
         }
         let mut slice = tracker.slice(cursor);
+        let mut batch = Batch::new();
         loop {
             let allowed = match self.allowance(pace) {
                 Allowance::Wait(wait) => return Ok(SliceEnd::RateLimit(wait)),
                 Allowance::Bytes(bytes) => bytes / PAGE_ON_WIRE,
             };
-            let max = BATCH_PAGES.min(usize::try_from(allowed).unwrap_or(BATCH_PAGES).max(1));
+            let allowed = usize::try_from(allowed).unwrap_or(SECTION_PAGES);
+            let mut room = SECTION_PAGES.min(allowed.max(1));
             let mut sent = Pages::default();
+            let mut taking = Duration::ZERO;
+            let (mut more, arming_before) = (true, slice.arming_time());
             self.writer.put(|e, out| e.ram_part(out));
-            let mut room = max;
-            while room > 0 {
-                let Some(run) = slice.next_run(room)? else {
-                    break;
-                };
-                room -= run.pages.len();
-                self.put_run(run, &mut sent);
+            while more && room > 0 {
+                let start = Instant::now();
+                more = slice.next_batch(&mut batch, room)?;
+                taking += start.elapsed();
+                room -= batch.pages();
+                self.put_batch(&batch, &mut sent);
             }
             self.writer.put(|e, out| e.end_of_ram_records(out));
             self.shared.update(|info| {
+                let arming = slice.arming_time() - arming_before;
+                info.tracking.arming += arming;
+                info.tracking.bitmap += taking.saturating_sub(arming);
                 info.ram.normal += sent.normal;
                 info.ram.duplicate += sent.zero;
             });
@@ -164,7 +172,7 @@ impl Driver<'_> {
             if flushed == Flushed::Partly || Instant::now() >= deadline {
                 return Ok(SliceEnd::TimeIsUp);
             }
-            if room > 0 {
+            if !more {
                 return Ok(SliceEnd::PassDone);
             }
             if self.shared.cancel.is_cancelled() {
@@ -183,15 +191,16 @@ impl Driver<'_> {
         }
     }
 
-    fn put_run(&mut self, run: Run, sent: &mut Pages) {
+    fn put_batch(&mut self, batch: &Batch, sent: &mut Pages) {
         let guest = self.guest;
-        let block = &guest.ram()[run.block.0];
-        for page in run.pages.indices() {
+        let index = batch.block().0;
+        for page in batch.runs().iter().flat_map(|run| run.indices()) {
+            let block = &guest.ram()[index];
             if block.is_zero(PageIndex(page)) {
-                self.writer.zero_page(run.block.0, page);
+                self.writer.zero_page(index, page);
                 sent.zero += 1;
             } else {
-                self.writer.page(run.block.0, block, page);
+                self.writer.page(index, block, page);
                 sent.normal += 1;
             }
         }

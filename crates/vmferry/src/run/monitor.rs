@@ -5,14 +5,14 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use vmferry_control::schema::{
-    CalcDirtyRate, CpuInfoFast, CpuInstanceProperties, DirtyRateInfo, KvmInfo, Migrate,
-    MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
+    CalcDirtyRate, CpuInfoFast, CpuInstanceProperties, DirtyRateInfo, DirtyTracking, KvmInfo,
+    Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
     MigrationCapability, MigrationCapabilityStatus, MigrationInfo, MigrationParameters,
     MigrationRamStats, MigrationStatus, NameInfo, QueryDirtyRate, RunState, ShutdownCause,
     SocketAddress, StatusInfo,
 };
 use vmferry_control::{Handler, QmpError};
-use vmferry_engine::{Info, Parameters, Status};
+use vmferry_engine::{ArmingChunk, Info, Parameters, Status};
 use vmferry_vmm::Machine;
 
 use super::Exit;
@@ -134,6 +134,7 @@ impl Handler for Monitor {
                 downtime_limit: Duration::from_millis(all.downtime_limit),
                 max_bandwidth: (all.max_bandwidth > 0).then_some(all.max_bandwidth),
                 discipline: all.x_vmferry_discipline,
+                arming_chunk: ArmingChunk::from_bytes(all.x_vmferry_arming_chunk as usize),
                 peer_timeout: Duration::from_millis(all.x_vmferry_peer_timeout),
                 ..settings.parameters
             };
@@ -197,6 +198,7 @@ fn parameters(engine: &Parameters) -> MigrationParameters {
         downtime_limit: millis(engine.downtime_limit),
         max_bandwidth: engine.max_bandwidth.unwrap_or(0),
         x_vmferry_discipline: engine.discipline,
+        x_vmferry_arming_chunk: engine.arming_chunk.bytes() as u64,
         x_vmferry_peer_timeout: millis(engine.peer_timeout),
     }
 }
@@ -234,10 +236,13 @@ fn migration_info(info: Info) -> MigrationInfo {
         setup_time: copying.then(|| millis(info.setup_time)),
         error_desc: info.error,
         socket_address: info.listening.as_ref().and_then(SocketAddress::list),
-        x_vmferry_downtime_us: info
-            .downtime
-            .map(|d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX)),
+        x_vmferry_downtime_us: info.downtime.map(micros),
         x_vmferry_discipline: info.discipline,
+        x_vmferry_dirty_tracking: info.discipline.map(|_| DirtyTracking {
+            bitmap_us: micros(info.tracking.bitmap),
+            arming_us: micros(info.tracking.arming),
+            sync_us: micros(info.tracking.sync),
+        }),
         x_vmferry_bandwidth: (info.bandwidth > 0).then_some(info.bandwidth),
         ..MigrationInfo::default()
     }
@@ -250,6 +255,10 @@ pub fn generic(error: impl std::fmt::Display) -> QmpError {
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// The engine's state in the monitor's words.
