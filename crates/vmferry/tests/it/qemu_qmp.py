@@ -34,6 +34,12 @@ async def drive(source_path: str, destination_path: str) -> None:
     listening = (await destination.execute("query-migrate"))["socket-address"]
     address = {"transport": "socket", **listening[0]}
 
+    measure = {"calc-time": 100, "calc-time-unit": "millisecond", "mode": "dirty-bitmap"}
+    await source.execute("calc-dirty-rate", measure)
+    while (rate := await source.execute("query-dirty-rate"))["status"] == "measuring":
+        await asyncio.sleep(0.05)
+    assert rate["status"] == "measured" and rate["dirty-rate"] > 0, rate
+
     parameters = {"downtime-limit": 200, "max-bandwidth": 1 << 30}
     await source.execute("migrate-set-parameters", parameters)
     with source.listener("MIGRATION") as left, destination.listener(
