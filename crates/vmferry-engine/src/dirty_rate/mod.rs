@@ -16,6 +16,10 @@
 //! is about `sqrt(p * (1 - p) / n)` of all RAM: 512 pages of 1 GiB of which a tenth changed give 102 MiB, give or
 //! take 14. A page that is written with what it held already counts as clean.
 //!
+//! The log may name pages that were only read. KVM's does for a while after it was switched on: the first write to a
+//! huge page splits it, and a page of the rest that is read next is mapped writable, and logged, at once. A migration
+//! sends these pages, so they are no error.
+//!
 //! Unlike QEMU, which leaves out RAM blocks below 128 MiB when it samples, every block is sampled, with one page at
 //! least: small guests move, too.
 
