@@ -1,7 +1,8 @@
 //! Benchmarks that run vmferry and its peers side by side, on one machine, with the same guest.
 //!
-//! The programs are `peers`, which migrates a guest with QEMU and with vmferry in turn, and `transfer`,
-//! which measures what the machine's loopback and memory could do at best.
+//! The programs are `peers`, which migrates a guest with QEMU and with vmferry in turn, `transfer`, which
+//! measures what the machine's loopback and memory could do at best, and `dirty_log`, which compares KVM's two ways
+//! to log a guest's writes.
 
 pub mod case;
 pub mod felt;
@@ -12,4 +13,5 @@ pub mod peer;
 pub mod race;
 pub mod report;
 pub mod serial;
+pub mod tracking;
 pub mod vm;
