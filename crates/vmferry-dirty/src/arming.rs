@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use crate::log::{DirtyLog, LogError};
-use crate::sync::{AtomicBool, Mutex, Ordering, PoisonError};
+use crate::sync::{AtomicBool, Mutex, Ordering};
 use crate::units::{BlockIndex, PAGE_SIZE, PageRange};
 use crate::words::WORD_BITS;
 
@@ -83,7 +83,7 @@ impl BlockArming {
         log: &dyn DirtyLog,
         merge: impl FnOnce(&[u64]) -> T,
     ) -> Result<T, LogError> {
-        let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fetched = self.fetched.lock();
         log.fetch(self.block, &mut fetched)?;
         let merged = merge(&fetched);
         if log.needs_arming() {
@@ -117,7 +117,7 @@ impl BlockArming {
     }
 
     fn arm_chunk(&self, log: &dyn DirtyLog, chunk: usize) -> Result<(), LogError> {
-        let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fetched = self.fetched.lock();
         if !self.pending[chunk].load(Ordering::Relaxed) {
             return Ok(()); // another thread armed it while we waited
         }

@@ -194,7 +194,6 @@ impl DirtySet {
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {
-        // The lock guards no data that a panic could leave half changed.
-        self.lock.lock().unwrap_or_else(|e| e.into_inner())
+        self.lock.lock()
     }
 }

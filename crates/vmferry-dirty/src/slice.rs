@@ -4,7 +4,7 @@ use crate::batch::Batch;
 use crate::bitmap::DirtyBitmap;
 use crate::discipline::Discipline;
 use crate::set::DirtySet;
-use crate::sync::MutexGuard;
+use crate::sync::{MutexGuard, unlock_fair};
 use crate::units::{BlockIndex, PageRange};
 use crate::words::{WORD_BITS, mask};
 
@@ -40,7 +40,7 @@ pub struct Slice<'a> {
     scan: Scan,
     /// Pages taken that the published count still contains; negative after giving back.
     unpublished: i64,
-    _guard: Option<MutexGuard<'a, ()>>,
+    guard: Option<MutexGuard<'a, ()>>,
 }
 
 /// Position in a block's bitmap.
@@ -129,7 +129,7 @@ impl<'a> Slice<'a> {
                 held: 0,
             },
             unpublished: 0,
-            _guard: guard,
+            guard,
         };
         // The pages of the cursor's word that lie behind it are for the next pass.
         if bit != 0 {
@@ -283,5 +283,10 @@ impl Drop for Slice<'_> {
             page,
         };
         self.publish();
+        // The migration thread begins its next slice at once. A hint that waits must come first, or it would wait
+        // for ever.
+        if let Some(guard) = self.guard.take() {
+            unlock_fair(guard);
+        }
     }
 }

@@ -8,7 +8,7 @@ use crate::discipline::Discipline;
 use crate::log::{DirtyLog, LogError};
 use crate::set::DirtySet;
 use crate::slice::{Cursor, Run, Slice};
-use crate::sync::{PoisonError, RwLock};
+use crate::sync::RwLock;
 use crate::units::{BlockIndex, PageRange};
 
 /// What must still be sent, and what the guest writes meanwhile.
@@ -86,10 +86,7 @@ impl<'g> DirtyTracker<'g> {
     /// [`sync`](Self::sync) for a caller that holds the lock which hints take.
     fn sync_without_hints(&self) -> Result<u64, LogError> {
         // Waits for a hint that is being carried out, but not for the lock: under `PerBitLock` the hint needs it.
-        self.hints
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .open = false;
+        self.hints.write().open = false;
         let _guard = self.set.lock_against_plain_stores();
         let mut new = 0;
         for (block, arming) in self.arming.iter().enumerate() {
@@ -102,7 +99,7 @@ impl<'g> DirtyTracker<'g> {
     /// Lets hints count until the next sync. The guest must be asked for its free pages after this call: an older
     /// answer is older than the sync.
     pub fn begin_hints(&self) -> HintRound {
-        let mut hints = self.hints.write().unwrap_or_else(PoisonError::into_inner);
+        let mut hints = self.hints.write();
         hints.last.0 += 1;
         hints.open = true;
         hints.last
@@ -120,7 +117,7 @@ impl<'g> DirtyTracker<'g> {
             return Ok(0);
         };
         let _guard = self.set.lock_for_hint();
-        let hints = self.hints.read().unwrap_or_else(PoisonError::into_inner);
+        let hints = self.hints.read();
         if !hints.open || hints.last != round {
             return Ok(0);
         }

@@ -1,6 +1,8 @@
 //! Long random histories against a plain reference model: a set of page numbers.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use vmferry_dirty::{Batch, BlockIndex, Cursor, DirtySet, Discipline, PageRange, Run, Slice};
@@ -264,4 +266,29 @@ fn the_count_is_exact_after_threads_have_raced() {
         );
         assert_eq!(set.dirty_pages() as i64, balance, "{discipline}");
     }
+}
+
+/// Slices that follow each other at once let a hint in between: it waits for the slice that is open, and not for the
+/// next one. Nobody promises that of a mutex that is not fair.
+#[test]
+fn a_hint_waits_for_one_slice_at_most() {
+    const SLICE: Duration = Duration::from_millis(20);
+    let set = DirtySet::new(&[64], Discipline::SliceLock);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let mut cursor = Cursor::default();
+                let _slice = set.slice(&mut cursor);
+                std::thread::sleep(SLICE);
+            }
+        });
+        let start = Instant::now();
+        for _ in 0..20 {
+            set.clear(BlockIndex(0), PageRange::new(0, 1));
+        }
+        let elapsed = start.elapsed();
+        over.store(true, Ordering::Relaxed);
+        assert!(elapsed < 20 * 3 * SLICE, "20 hints waited {elapsed:?}");
+    });
 }
