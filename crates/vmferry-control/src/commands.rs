@@ -140,6 +140,6 @@ commands! {
     "query-migrate-capabilities" => query_migrate_capabilities() -> Vec<MigrationCapabilityStatus>;
     /// Starts to measure how fast the guest dirties its memory.
     "calc-dirty-rate" => calc_dirty_rate(arguments: CalcDirtyRate) -> ();
-    /// What came of the measurement.
+    /// What came of the measurement; an error if it failed.
     "query-dirty-rate" => query_dirty_rate(arguments: QueryDirtyRate) -> DirtyRateInfo;
 }

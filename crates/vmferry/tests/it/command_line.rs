@@ -144,7 +144,7 @@ fn errors_of_migrate() {
 #[test]
 fn a_monitor_that_is_not_there() {
     let lab = Lab::without_kvm();
-    for command in ["status", "cancel", "migrate"] {
+    for command in ["status", "cancel", "dirty-rate", "migrate"] {
         let uri: &[&str] = if command == "migrate" {
             &["tcp:127.0.0.1:1"]
         } else {
