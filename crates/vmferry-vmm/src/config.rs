@@ -36,12 +36,18 @@ pub enum Backing {
 /// Which of KVM's dirty logs finds out what the guest writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DirtyLogChoice {
-    /// Whichever is known to serve better.
+    /// Whichever is known to serve better: the bitmaps.
+    ///
+    /// On a virtual host with 2 cores (KVM/PVM, Linux 6.18) a sync of rings took 0.7 ms for 3,000 pages and 1.0 ms
+    /// for a quiet guest of 64 GiB, one of the bitmaps with the arming after it 0.9 ms and 1.5 ms; but rings arm all
+    /// pages at the sync, and not each just before it is read, so a migration at 200 MiB/s of 512 MiB that a guest
+    /// rewrote at 10,000 pages/s sent 9 % more.
     #[default]
     Auto,
     /// Bitmaps, one a memory slot.
     Log,
-    /// Rings, one a vCPU, each of this size. Building the machine fails where KVM has none.
+    /// Rings, one a vCPU, each of this size. They tell which vCPU writes. Building the machine fails where KVM has
+    /// none.
     Ring(RingSize),
 }
 

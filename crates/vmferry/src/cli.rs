@@ -145,8 +145,8 @@ pub struct Run {
     /// RAM of the guest
     #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = parse_size)]
     pub memory: u64,
-    /// How writes of the guest are logged while it migrates: log (KVM's bitmaps), ring (KVM's dirty rings, one a vCPU;
-    /// with :N of N entries each, a power of two), or auto
+    /// How writes of the guest are logged while it migrates: log (KVM's bitmaps), ring (KVM's dirty rings, one a vCPU,
+    /// of 65536 entries or of N, a power of two), or auto (what is better known to serve: log)
     #[arg(long, value_name = "auto|log|ring[:N]", default_value = "auto", value_parser = parse_dirty_log)]
     pub dirty_log: DirtyLogChoice,
     /// Where the serial port leads: stdio, null, file:PATH or unix:PATH

@@ -109,8 +109,8 @@ pub trait DirtyLog: Send + Sync {
     fn arm(&self, block: BlockIndex, range: PageRange, pages: &[u64]) -> Result<(), LogError>;
 
     /// How many pages each vCPU has had logged since the log was last started, vCPU 0 first; `None` if this log
-    /// cannot tell who wrote. A page counts once for each time that it was armed and written again, and only what
-    /// a [`fetch`](Self::fetch) (or the log by itself) has collected counts: fetch before reading it.
+    /// cannot tell who wrote. A page counts for each time that it was armed and written again (KVM may log it
+    /// more than once even so), and only what a [`fetch`](Self::fetch) (or the log by itself) has collected counts: fetch before reading it.
     fn written_per_vcpu(&self) -> Option<Vec<u64>> {
         None
     }
