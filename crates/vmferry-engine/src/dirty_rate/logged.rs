@@ -49,8 +49,7 @@ pub(super) fn by_ring(
     let logged: Vec<u64> = std::iter::zip(logged()?, before)
         .map(|(after, before)| after.saturating_sub(before))
         .collect();
-    // KVM may log a page several times before the ring is emptied (where it shadows the guest's page tables it
-    // does so nearly always), so what a vCPU has logged only tells its share.
+    // KVM may log a page more than once before the ring is emptied, so what a vCPU has logged only tells its share.
     let all = logged.iter().sum::<u64>().max(1) as f64;
     let per_vcpu: Vec<u64> = logged
         .into_iter()
