@@ -4,6 +4,7 @@
 //! measures what the machine's loopback and memory could do at best, and `dirty_log`, which compares KVM's two ways
 //! to log a guest's writes.
 
+pub mod bitmap;
 pub mod case;
 pub mod felt;
 pub mod host;

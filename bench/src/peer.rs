@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, anyhow, bail, ensure};
 
-use crate::case::{Case, MEMORY_MIB};
+use crate::case::Case;
 
 /// How to come by QEMU.
 const GET_QEMU: &str = "install QEMU 10: on Debian 13 `apt install qemu-system-x86`, on Debian 12 \
@@ -114,12 +114,13 @@ impl Peer {
     pub fn command(&self, role: Role, case: &Case, elf: &Path, socket: &Path) -> Command {
         let mut command = Command::new(&self.program);
         let socket = format!("unix:{}", socket.display());
+        let memory = case.memory_mib;
         match self.kind {
             Kind::Qemu => {
                 command
                     .args(["-M", "microvm", "-accel", "kvm"])
                     .args(["-cpu", "max,-arch-capabilities"])
-                    .args(["-m", &format!("{MEMORY_MIB}M")])
+                    .args(["-m", &format!("{memory}M")])
                     .args(["-display", "none", "-monitor", "none", "-no-reboot"])
                     .args(["-serial", "stdio"])
                     .args(["-qmp", &format!("{socket},server=on,wait=off")])
@@ -133,7 +134,7 @@ impl Peer {
             }
             Kind::Vmferry => {
                 command
-                    .args(["run", "--memory", &format!("{MEMORY_MIB}MiB")])
+                    .args(["run", "--memory", &format!("{memory}MiB")])
                     .args(["--serial", "stdio", "--no-reboot", "--qmp", &socket]);
                 match role {
                     Role::Source => command

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use serde::Serialize;
+use serde_json::json;
 
 use crate::case::Case;
 use crate::felt::{BEATS_AFTER, Felt};
@@ -79,7 +80,9 @@ pub fn run(
     let mut destination = start(Role::Destination)?;
     let uri = destination.listening()?;
     let resident = destination.resident()?;
-    let info = source.migrate(&uri)?;
+    // QEMU's default would keep it at 128 MiB/s.
+    let no_limit = json!({"max-bandwidth": 0});
+    let info = source.migrate(&uri, no_limit)?;
     let resumed = destination.event("RESUME")?;
     let source_cpu = source.cpu_time()?.saturating_sub(source_cpu_before);
     let destination_cpu = destination.cpu_time()?;

@@ -119,6 +119,7 @@ impl fmt::Display for CaseReport {
             name,
             about,
             cmdline,
+            memory_mib: _,
         } = self.case;
         writeln!(f, "{name}: {about}\n  ({cmdline})")?;
         write!(f, "  {:34}", "")?;

@@ -31,6 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Cell {
     /// The dirty log.
     pub dirty_log: DirtyLogChoice,
+    /// How much of it is armed at a time.
+    pub chunk: ArmingChunk,
     /// RAM in bytes.
     pub memory: u64,
     /// Number of vCPUs.
@@ -90,9 +92,8 @@ pub fn measure(cell: &Cell, interrupt: &Interrupt) -> anyhow::Result<Cost> {
     let rate_before = Window::new(&serial, before)?.rate;
 
     let (log, sizes) = (machine.dirty_log(), [machine.ram()[0].pages()]);
-    let (discipline, chunk) = (Discipline::default(), ArmingChunk::default());
     let begin = Instant::now();
-    let tracker = DirtyTracker::start(log, &sizes, discipline, chunk)?;
+    let tracker = DirtyTracker::start(log, &sizes, Discipline::default(), cell.chunk)?;
     let start = millis(begin.elapsed());
     let first_arming = millis(take_all(&tracker, |_| {})?);
 

@@ -6,7 +6,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use vmferry_control::schema::{MigrationInfo, MigrationStatus, SocketAddress};
 use vmferry_control::{QmpClient, Timestamp};
 
@@ -126,14 +126,12 @@ impl Vm {
         uri.with_context(|| format!("{} does not listen", self.process.name))
     }
 
-    /// Moves the guest away, as fast as the channel takes it.
+    /// Sets parameters and moves the guest away.
     ///
     /// # Errors
     /// The guest has not moved in time.
-    pub fn migrate(&mut self, uri: &str) -> anyhow::Result<MigrationInfo> {
-        // QEMU's default would keep it at 128 MiB/s.
-        let no_limit = json!({"max-bandwidth": 0});
-        self.qmp.execute("migrate-set-parameters", no_limit)?;
+    pub fn migrate(&mut self, uri: &str, parameters: Value) -> anyhow::Result<MigrationInfo> {
+        self.qmp.execute("migrate-set-parameters", parameters)?;
         self.qmp.execute("migrate", json!({"uri": uri}))?;
         let info = self.interrupt.wait(STEP, || {
             self.process.check()?;

@@ -9,6 +9,8 @@ use vmferry_bench::host::Host;
 use vmferry_bench::interrupt::Interrupt;
 use vmferry_bench::median::Median;
 use vmferry_bench::tracking::{Cell, Cost, measure};
+use vmferry_control::units::{format_size, parse_size};
+use vmferry_dirty::ArmingChunk;
 use vmferry_vmm::{DirtyLogChoice, RingSize};
 
 /// Runs the same guest with KVM's dirty bitmaps and with its dirty rings, and tracks its writes for some seconds as a
@@ -23,6 +25,9 @@ struct Options {
     /// Entries of a ring; can be given more than once [default: 4096, 16384 and 65536]
     #[arg(long = "entries", value_name = "N", value_parser = ring)]
     rings: Vec<RingSize>,
+    /// Compare arming chunks of this size instead, all with the log; can be given more than once
+    #[arg(long = "chunk", value_name = "SIZE", value_parser = parse_size, conflicts_with = "rings")]
+    chunks: Vec<u64>,
     /// RAM of the guest, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 4096)]
     memory: u64,
@@ -60,29 +65,22 @@ fn compare(options: &Options) -> anyhow::Result<()> {
         [] => &[1000, 50_000, 0],
         some => some,
     };
-    let rings = match &options.rings[..] {
-        [] => [1 << 12, 1 << 14, 1 << 16]
-            .map(RingSize::new)
-            .into_iter()
-            .collect::<Result<_, _>>()?,
-        some => some.to_vec(),
-    };
     let interrupt = Interrupt::catch()?;
     for &rate in rates {
-        let cell = |dirty_log| Cell {
+        let cell = |(dirty_log, chunk)| Cell {
             dirty_log,
+            chunk,
             memory: memory << 20,
             cpus: *cpus,
             working_set,
             rate,
             time: Duration::from_secs(options.time),
         };
-        let log = measure(&cell(DirtyLogChoice::Log), &interrupt)?;
-        ensure!(log.rate_before > 0.0, "the guest does nothing");
-        let mut costs = vec![("log".to_owned(), log)];
-        for &size in &rings {
-            let cost = measure(&cell(DirtyLogChoice::Ring(size)), &interrupt)?;
-            costs.push((format!("ring:{}", size.entries()), cost));
+        let mut costs = Vec::new();
+        for (name, what) in contenders(options)? {
+            let cost = measure(&cell(what), &interrupt)?;
+            ensure!(cost.rate_before > 0.0, "the guest does nothing");
+            costs.push((name, cost));
         }
         match rate {
             0 => println!("\nthe guest rewrites as many pages as it can"),
@@ -91,6 +89,34 @@ fn compare(options: &Options) -> anyhow::Result<()> {
         print(&costs);
     }
     Ok(())
+}
+
+/// What is compared: the log, and then the rings; or the log with different arming chunks.
+fn contenders(options: &Options) -> anyhow::Result<Vec<(String, (DirtyLogChoice, ArmingChunk))>> {
+    if !options.chunks.is_empty() {
+        let chunk = |&bytes: &u64| {
+            let chunk = ArmingChunk::from_bytes(bytes as usize);
+            (
+                format_size(chunk.bytes() as u64),
+                (DirtyLogChoice::Log, chunk),
+            )
+        };
+        return Ok(options.chunks.iter().map(chunk).collect());
+    }
+    let rings = match &options.rings[..] {
+        [] => [1 << 12, 1 << 14, 1 << 16]
+            .map(RingSize::new)
+            .into_iter()
+            .collect::<Result<_, _>>()?,
+        some => some.to_vec(),
+    };
+    let chunk = ArmingChunk::default();
+    let rings = rings.into_iter().map(|size: RingSize| {
+        let name = format!("ring:{}", size.entries());
+        (name, (DirtyLogChoice::Ring(size), chunk))
+    });
+    let log = ("log".to_owned(), (DirtyLogChoice::Log, chunk));
+    Ok(std::iter::once(log).chain(rings).collect())
 }
 
 /// A row of the table, and how to read it off.
@@ -113,13 +139,13 @@ const ROWS: &[Row] = &[
     ("longest gap in the guest, ms", 1, |cost| Value::Once(cost.gap)),
 ];
 
-/// Prints the logs side by side, each ring with its ratio to the first column.
+/// Prints them side by side, each with its ratio to the first.
 fn print(costs: &[(String, Cost)]) {
     print!("  {:30}", "");
     for (name, _) in costs {
         print!("{name:>30}");
     }
-    println!("   ratio to log");
+    println!("   ratios to the first");
     for (name, digits, of) in ROWS {
         print!("  {name:30}");
         let digits = *digits;

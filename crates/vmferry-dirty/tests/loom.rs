@@ -9,6 +9,7 @@
 //! | [`flush_beside_a_hint`] | a COLO flush (merge and pass in one slice), a hint | the same |
 //! | [`who_takes_a_bit_sees_what_was_written_before_it_was_set`] | a pass, a writer that merges | law 1: page content is published with the bit |
 //! | [`a_page_in_use_again_is_not_lost`] | arming passes and a sync, a guest that hints and then writes | laws 1, 3 and 4 |
+//! | [`a_hint_that_comes_late_changes_nothing`] | the same, a hint that a sync has overtaken | law 4 |
 //!
 //! All run under `LockFree` and `SliceLock`; the first one under `PerBitLock` as well.
 #![cfg(loom)]
@@ -19,8 +20,8 @@ use loom::sync::atomic::AtomicU64;
 use loom::sync::{Arc, Mutex};
 use loom::thread;
 use vmferry_dirty::{
-    ArmingChunk, Batch, BlockIndex, Cursor, DirtyLog, DirtySet, DirtyTracker, Discipline, LogError,
-    PageRange,
+    ArmingChunk, Batch, BlockIndex, Cursor, DirtyLog, DirtySet, DirtyTracker, Discipline,
+    HintRound, LogError, PageRange,
 };
 
 const BLOCK: BlockIndex = BlockIndex(0);
@@ -241,50 +242,109 @@ impl DirtyLog for Guest {
     }
 }
 
+/// A migration of the two pages under way, in its first round of hints. Leaked, as loom's threads borrow nothing; it is
+/// small.
+struct Migration {
+    guest: &'static Guest,
+    tracker: &'static DirtyTracker<'static>,
+    round: HintRound,
+}
+
+impl Migration {
+    fn start(discipline: Discipline) -> Self {
+        let guest: &'static Guest = Box::leak(Box::new(Guest {
+            log: Mutex::new(Log { dirty: 3, armed: 0 }),
+            pages: [AtomicU64::new(0), AtomicU64::new(0)],
+        }));
+        let chunk = ArmingChunk::default();
+        let tracker = DirtyTracker::start(guest, &[2], discipline, chunk).unwrap();
+        let tracker: &'static DirtyTracker<'_> = Box::leak(Box::new(tracker));
+        let round = tracker.begin_hints();
+        Migration {
+            guest,
+            tracker,
+            round,
+        }
+    }
+
+    /// Sends what is dirty.
+    fn pass(&self, sent: &mut [u64; 2]) {
+        let mut cursor = Cursor::default();
+        let mut slice = self.tracker.slice(&mut cursor);
+        while let Some(run) = slice.next_run(64).unwrap() {
+            for page in run.pages.indices() {
+                sent[page] = self.guest.pages[page].load(Acquire);
+            }
+        }
+    }
+
+    /// Checks that page 0 was sent as it is now, and the count.
+    fn check(&self, sent: &[u64; 2]) {
+        assert_eq!(sent[0], 1, "the page was lost");
+        let set = self.tracker.set();
+        assert_eq!(set.dirty_pages(), set.bitmap(BLOCK).count(), "law 2");
+    }
+}
+
+/// Runs a model under each discipline. There are some 50 points to switch at: with more than three switches it takes
+/// hours.
+fn check_with_three_switches(model: fn(Discipline)) {
+    for discipline in BOTH {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder.check(move || model(discipline));
+    }
+}
+
 /// A guest says that page 0 is free, and, once that was heard, uses it again. Meanwhile the migration sends page 1,
 /// which is in the same chunk, and may come to a sync. Whatever was overtaken by what, the last content of page 0
 /// is sent.
 #[test]
 fn a_page_in_use_again_is_not_lost() {
-    for discipline in BOTH {
-        let mut model = loom::model::Builder::new();
-        // Some 50 points to switch at: with more switches it takes hours.
-        model.preemption_bound = Some(3);
-        model.check(move || {
-            // Leaked, as loom's threads borrow nothing. It is small.
-            let guest: &'static Guest = Box::leak(Box::new(Guest {
-                log: Mutex::new(Log { dirty: 3, armed: 0 }),
-                pages: [AtomicU64::new(0), AtomicU64::new(0)],
-            }));
-            let chunk = ArmingChunk::default();
-            let tracker = DirtyTracker::start(guest, &[2], discipline, chunk).unwrap();
-            let tracker: &'static DirtyTracker<'_> = Box::leak(Box::new(tracker));
-            let round = tracker.begin_hints();
-            let balloon = thread::spawn(move || {
-                tracker.hint(round, BLOCK, range(0, 1)).unwrap();
-                guest.write(0, 1);
-            });
-            let mut sent = [0, 0];
-            let mut pass = || {
-                let mut cursor = Cursor::default();
-                let mut slice = tracker.slice(&mut cursor);
-                while let Some(run) = slice.next_run(64).unwrap() {
-                    for page in run.pages.indices() {
-                        sent[page] = guest.pages[page].load(Acquire);
-                    }
-                }
-            };
-            pass();
-            tracker.sync().unwrap();
-            pass();
-            balloon.join().unwrap();
-            tracker.sync().unwrap();
-            pass();
-            assert_eq!(sent[0], 1, "the page was lost");
-            assert_eq!(
-                tracker.set().dirty_pages(),
-                tracker.set().bitmap(BLOCK).count()
-            );
+    check_with_three_switches(|discipline| {
+        let migration = Migration::start(discipline);
+        let Migration {
+            guest,
+            tracker,
+            round,
+        } = migration;
+        let balloon = thread::spawn(move || {
+            tracker.hint(round, BLOCK, range(0, 1)).unwrap();
+            guest.write(0, 1);
         });
-    }
+        let mut sent = [0, 0];
+        migration.pass(&mut sent);
+        tracker.sync().unwrap();
+        migration.pass(&mut sent);
+        balloon.join().unwrap();
+        tracker.sync().unwrap();
+        migration.pass(&mut sent);
+        migration.check(&sent);
+    });
+}
+
+/// A guest has said that page 0 is free, but before that is heard a sync comes, the guest is told that its round is
+/// over, and uses the page again.
+#[test]
+fn a_hint_that_comes_late_changes_nothing() {
+    check_with_three_switches(|discipline| {
+        let migration = Migration::start(discipline);
+        let Migration {
+            guest,
+            tracker,
+            round,
+        } = migration;
+        let balloon = thread::spawn(move || {
+            tracker.hint(round, BLOCK, range(0, 1)).unwrap();
+        });
+        let mut sent = [0, 0];
+        migration.pass(&mut sent);
+        tracker.sync().unwrap();
+        guest.write(0, 1);
+        tracker.begin_hints();
+        tracker.sync().unwrap();
+        migration.pass(&mut sent);
+        balloon.join().unwrap();
+        migration.check(&sent);
+    });
 }
