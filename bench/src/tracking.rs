@@ -57,6 +57,8 @@ pub struct Cost {
     pub sync: Median,
     /// Arming in a pass, all of it together.
     pub arming: Median,
+    /// Both together.
+    pub both: Median,
     /// Pages found dirty by a sync.
     pub pages: Median,
     /// Pages a second that the guest rewrote before.
@@ -98,17 +100,18 @@ pub fn measure(cell: &Cell, interrupt: &Interrupt) -> anyhow::Result<Cost> {
     let first_arming = millis(take_all(&tracker, |_| {})?);
 
     let during = Instant::now();
-    let (mut syncs, mut armings, mut pages) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut syncs, mut armings, mut both, mut pages) = (vec![], vec![], vec![], vec![]);
     let mut content = [0; PAGE_SIZE];
     let ram = &machine.ram()[0];
     while during.elapsed() < cell.time {
         let begin = Instant::now();
         tracker.sync()?;
-        syncs.push(millis(begin.elapsed()));
+        let sync = begin.elapsed();
         pages.push(tracker.set().dirty_pages() as f64);
-        armings.push(millis(take_all(&tracker, |page| {
-            ram.read_page(page, &mut content);
-        })?));
+        let arming = take_all(&tracker, |page| ram.read_page(page, &mut content))?;
+        syncs.push(millis(sync));
+        armings.push(millis(arming));
+        both.push(millis(sync + arming));
         thread::sleep(PASS.saturating_sub(begin.elapsed()));
     }
     let window = Window::new(&serial, during)?;
@@ -119,6 +122,7 @@ pub fn measure(cell: &Cell, interrupt: &Interrupt) -> anyhow::Result<Cost> {
         first_arming,
         sync: median(syncs)?,
         arming: median(armings)?,
+        both: median(both)?,
         pages: median(pages)?,
         rate_before,
         rate: window.rate,

@@ -133,6 +133,7 @@ const ROWS: &[Row] = &[
     ("arming all, first pass, ms", 2, |cost| Value::Once(cost.first_arming)),
     ("a sync, ms", 3, |cost| Value::Often(cost.sync)),
     ("arming a pass, ms", 3, |cost| Value::Often(cost.arming)),
+    ("both, ms", 3, |cost| Value::Often(cost.both)),
     ("pages found by a sync", 0, |cost| Value::Often(cost.pages)),
     ("guest before, pages/s", 0, |cost| Value::Once(cost.rate_before)),
     ("guest while tracked, pages/s", 0, |cost| Value::Once(cost.rate)),
