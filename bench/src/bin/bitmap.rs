@@ -28,7 +28,7 @@ struct Options {
     /// Sizes of guests in GiB
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [256, 1024, 16384])]
     guests: Vec<u64>,
-    /// Measurements of each kind; of guests above 1 TiB one third
+    /// Measurements of each kind; of guests above 1 TiB a fifth of that
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
     /// How long hints arrive under each discipline, in seconds; 0: not at all
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
     let mut clean = Vec::new();
     for &gib in &options.guests {
         let runs = if gib > 1024 {
-            options.runs.div_ceil(3)
+            options.runs.div_ceil(5)
         } else {
             options.runs
         };
@@ -97,11 +97,11 @@ fn drains(gib: u64, runs: u32, targets: &mut Vec<Target>) {
         .iter()
         .map(|contender| contender.bitmap(words(gib)))
         .collect();
-    print!("  drain, ns a dirty page ");
+    print!("  drain, ns a dirty page");
     for contender in Contender::ALL {
-        print!("{contender:>24}");
+        print!(" {contender:>24}");
     }
-    println!("{:>24}", "by lock-free: s.l., p.b.");
+    println!("{:>26}", "slice-, per-bit- by -free");
     for percent in DENSITIES {
         for shape in Shape::ALL {
             if percent == 100.0 && shape == Shape::Scattered {
@@ -124,14 +124,14 @@ fn drains(gib: u64, runs: u32, targets: &mut Vec<Target>) {
             for (contender, times) in Contender::ALL.iter().zip(times) {
                 let Median { median, min, max } =
                     Median::of(times.into_iter()).expect("there are runs");
-                print!("{:>24}", format!("{median:.2} [{min:.2}, {max:.2}]"));
+                print!(" {:>24}", format!("{median:.2} [{min:.2}, {max:.2}]"));
                 medians.insert(contender.to_string(), median);
             }
             let by = |contender: Contender| {
                 medians[&contender.to_string()] / medians[&LOCK_FREE.to_string()]
             };
             let (slice, per_bit) = (by(SLICE_LOCK), by(PER_BIT_LOCK));
-            println!("{:>24}", format!("{slice:.2}  {per_bit:.1}"));
+            println!("{:>26}", format!("{slice:.2}  {per_bit:.1}"));
             let case = format!("{gib} GiB, {percent} % {shape}");
             let against = 1.0 / slice;
             targets.push(Target {

@@ -1,6 +1,6 @@
 //! Many runs of dirty pages at one go.
 
-use crate::units::{BlockIndex, PageRange};
+use crate::units::{BlockIndex, PageIndex, PageRange};
 use crate::words::WORD_BITS;
 
 /// Runs of dirty pages that were taken together: all of one block, in order, at most
@@ -56,12 +56,12 @@ impl Batch {
         (self.block, self.pages, self.len) = (block, 0, 0);
     }
 
-    /// Adds the pages of `bits` in word `word`, which lies behind all words added before. Together they must not
-    /// be more than [`Self::MAX_PAGES`].
+    /// Adds the pages of `bits` in word `word`, which lies behind all words added before; there are `pages` of
+    /// them. Together they must not be more than [`Self::MAX_PAGES`].
     #[inline(always)]
-    pub(crate) fn push(&mut self, word: usize, mut bits: u64) {
+    pub(crate) fn push(&mut self, word: usize, mut bits: u64, pages: u32) {
         let base = word * WORD_BITS;
-        self.pages += bits.count_ones() as usize;
+        self.pages += pages as usize;
         // A run that goes on from the word before.
         if bits & 1 == 1
             && let Some(last) = self.runs[..self.len].last_mut()
@@ -80,10 +80,10 @@ impl Batch {
             .expect("len is at most MAX_PAGES");
         for step in room[..count.next_multiple_of(4)].chunks_exact_mut(4) {
             for run in step {
-                *run = PageRange::new(
-                    base + starts.trailing_zeros() as usize,
-                    base + 1 + ends.trailing_zeros() as usize,
-                );
+                *run = PageRange {
+                    start: PageIndex(base + starts.trailing_zeros() as usize),
+                    end: PageIndex(base + 1 + ends.trailing_zeros() as usize),
+                };
                 starts &= starts.wrapping_sub(1);
                 ends &= ends.wrapping_sub(1);
             }
@@ -106,11 +106,15 @@ mod tests {
     fn runs_are_found_in_words_and_across_them() {
         let mut batch = Batch::new();
         batch.restart(BlockIndex(3));
-        batch.push(1, 0b1011 | 1 << 63);
-        batch.push(2, 0b1_0011);
-        batch.push(4, u64::MAX);
-        batch.push(5, u64::MAX);
-        batch.push(6, 1 << 63);
+        for (word, bits) in [
+            (1, 0b1011 | 1 << 63),
+            (2, 0b1_0011),
+            (4, u64::MAX),
+            (5, u64::MAX),
+            (6, 1 << 63),
+        ] {
+            batch.push(word, bits, bits.count_ones());
+        }
         let expected = [
             (64, 66),
             (67, 68),
@@ -126,7 +130,7 @@ mod tests {
         assert_eq!((batch.block(), batch.pages()), (BlockIndex(3), 136));
         batch.restart(BlockIndex(0));
         assert!(batch.is_empty());
-        batch.push(0, 0x5555_5555_5555_5555);
+        batch.push(0, 0x5555_5555_5555_5555, 32);
         assert_eq!(batch.runs().len(), 32);
     }
 }

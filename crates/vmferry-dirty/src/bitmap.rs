@@ -94,10 +94,13 @@ impl DirtyBitmap {
         // keep up with memory.
         const LINE: usize = 8;
         let mut at = word;
-        while at + LINE <= self.words.len() {
-            let line = &self.words[at..at + LINE];
-            if line.iter().fold(0, |or, w| or | w.load(Ordering::Relaxed)) != 0 {
-                break;
+        while let Some(line) = self.words.get(at..at + LINE) {
+            let line: [u64; LINE] = std::array::from_fn(|i| line[i].load(Ordering::Relaxed));
+            if line.iter().fold(0, |or, word| or | word) != 0 {
+                // Which one, without a branch for each: nobody could foretell it.
+                let dirty = |i: usize| u32::from(line[i] != 0) << i;
+                let dirty = (0..LINE).fold(0, |or, i| or | dirty(i));
+                return at + dirty.trailing_zeros() as usize;
             }
             at += LINE;
         }

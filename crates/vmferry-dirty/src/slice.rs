@@ -62,7 +62,11 @@ impl Scan {
     #[inline(always)]
     fn hold_next(&mut self, bitmap: &DirtyBitmap, take: impl Fn(usize) -> u64) {
         while self.next < bitmap.words() {
-            let word = bitmap.skip_clean(self.next);
+            // Where much is dirty, it is the next word.
+            let word = match bitmap.load(self.next) {
+                0 => bitmap.skip_clean(self.next + 1),
+                _ => self.next,
+            };
             if word == bitmap.words() {
                 self.next = word;
                 return;
@@ -87,25 +91,58 @@ impl Scan {
         take: impl Fn(usize) -> u64,
     ) -> u32 {
         let mut taken = 0;
-        if self.held.count_ones() > room {
+        let mut ones = self.held.count_ones();
+        if ones > room {
             let mut rest = self.held;
             for _ in 0..room {
                 rest &= rest - 1;
             }
-            batch.push(self.word(), self.held ^ rest);
+            batch.push(self.word(), self.held ^ rest, room);
             self.held = rest;
             return taken;
         }
-        while self.held != 0 && self.held.count_ones() <= room {
-            let (word, bits) = (self.word(), std::mem::take(&mut self.held));
-            room -= bits.count_ones();
+        while ones != 0 && ones <= room {
+            let (word, bits, pages) = (self.word(), std::mem::take(&mut self.held), ones);
             // The next word is taken before the runs of this one are worked out, which needs nothing from
             // memory: so the processor does that while it waits for the locked instruction.
             self.hold_next(bitmap, &take);
-            taken += self.held.count_ones();
-            batch.push(word, bits);
+            ones = self.held.count_ones();
+            taken += ones;
+            batch.push(word, bits, pages);
+            room -= pages;
         }
         taken
+    }
+
+    /// [`fill`](Self::fill), with the instructions for counting and finding bits that every processor of the last
+    /// ten years has, but not those that a portable program is compiled for.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "popcnt,bmi1")]
+    fn fill_with_bit_instructions(
+        &mut self,
+        batch: &mut Batch,
+        room: u32,
+        bitmap: &DirtyBitmap,
+        take: impl Fn(usize) -> u64,
+    ) -> u32 {
+        self.fill(batch, room, bitmap, take)
+    }
+
+    /// [`fill`](Self::fill), as fast as this processor can.
+    #[inline]
+    fn fill_fast(
+        &mut self,
+        batch: &mut Batch,
+        room: u32,
+        bitmap: &DirtyBitmap,
+        take: impl Fn(usize) -> u64,
+    ) -> u32 {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("popcnt") && is_x86_feature_detected!("bmi1") {
+            // SAFETY: the processor has the instructions.
+            return unsafe { self.fill_with_bit_instructions(batch, room, bitmap, take) };
+        }
+        self.fill(batch, room, bitmap, take)
     }
 }
 
@@ -197,9 +234,9 @@ impl<'a> Slice<'a> {
         let mut scan = self.scan;
         let taken = match set.discipline() {
             Discipline::LockFree | Discipline::SliceLock => {
-                scan.fill(batch, room, bitmap, |word| bitmap.take(word, u64::MAX))
+                scan.fill_fast(batch, room, bitmap, |word| bitmap.take(word, u64::MAX))
             }
-            Discipline::PerBitLock => scan.fill(batch, room, bitmap, |word| {
+            Discipline::PerBitLock => scan.fill_fast(batch, room, bitmap, |word| {
                 set.take_bit_by_bit(block, word, u64::MAX)
             }),
         };
