@@ -146,6 +146,9 @@ fn start(cell: &Cell, socket: &Path) -> anyhow::Result<Arc<Machine>> {
             "vcpus={cpus} ws={ws}M rate={rate} pattern=random fill=zero cold=0 sweep=0"
         ),
         serial: SerialConfig::Unix(socket.to_owned()),
+        disks: Vec::new(),
+        console: None,
+        rng: false,
         on_reset: OnReset::Shutdown,
         incoming: false,
     };

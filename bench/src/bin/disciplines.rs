@@ -1,11 +1,12 @@
 //! The disciplines inside a real migration: a guest of 4 GiB moves under each of them, and the engine tells what
-//! share of the migration thread's time went into the bitmap.
+//! share of the migration thread's time went into the bitmap. Or it moves with dirty logs armed in chunks of
+//! different sizes.
 
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 use clap::Parser;
-use serde_json::json;
+use serde_json::{Value, json};
 use vmferry_bench::case::Case;
 use vmferry_bench::host::Host;
 use vmferry_bench::interrupt::Interrupt;
@@ -13,6 +14,7 @@ use vmferry_bench::median::Median;
 use vmferry_bench::peer::{Peer, Role};
 use vmferry_bench::vm::Vm;
 use vmferry_control::schema::MigrationInfo;
+use vmferry_control::units::{format_size, parse_size};
 use vmferry_dirty::Discipline;
 
 /// A guest with much to send, and with pages that must be sent again.
@@ -30,6 +32,9 @@ struct Options {
     /// Migrations under each discipline
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
+    /// Compare arming chunks of this size instead, all lock-free; can be given more than once
+    #[arg(long = "chunk", value_name = "SIZE", value_parser = parse_size)]
+    chunks: Vec<u64>,
 }
 
 fn main() -> ExitCode {
@@ -70,24 +75,33 @@ fn compare(options: &Options) -> anyhow::Result<()> {
     println!("guest    {}: {}", GUEST.name, GUEST.about);
     let peer = Peer::vmferry(None)?;
     let interrupt = Interrupt::catch()?;
-    let mut migrations = Discipline::ALL.map(|discipline| (discipline, Vec::new()));
+    let contenders: Vec<(String, Value)> = match &options.chunks[..] {
+        [] => Discipline::ALL
+            .map(|d| (d.to_string(), json!({"x-vmferry-discipline": d.as_str()})))
+            .into(),
+        chunks => chunks
+            .iter()
+            .map(|&size| (format_size(size), json!({"x-vmferry-arming-chunk": size})))
+            .collect(),
+    };
+    let mut migrations = vec![Vec::new(); contenders.len()];
     for _ in 0..options.runs {
-        for (discipline, migrations) in &mut migrations {
-            migrations.push(migrate(&peer, *discipline, &interrupt)?);
+        for ((_, parameters), migrations) in contenders.iter().zip(&mut migrations) {
+            migrations.push(migrate(&peer, parameters, &interrupt)?);
         }
     }
     print!("  {:34}", "");
-    for discipline in Discipline::ALL {
-        print!("{:>26}", discipline.as_str());
+    for (name, _) in &contenders {
+        print!("{name:>26}");
     }
     println!();
     for (name, digits, of) in ROWS {
         print!("  {name:34}");
-        for (discipline, migrations) in &migrations {
+        for migrations in &migrations {
             let values: Option<Vec<f64>> = migrations.iter().map(of).collect();
             let Median { median, min, max } = values
                 .and_then(|values| Median::of(values.into_iter()))
-                .with_context(|| format!("a migration under {discipline} does not tell: {name}"))?;
+                .with_context(|| format!("a migration does not tell: {name}"))?;
             let text = format!("{median:.digits$} [{min:.digits$}, {max:.digits$}]");
             print!("{text:>26}");
         }
@@ -99,7 +113,7 @@ fn compare(options: &Options) -> anyhow::Result<()> {
 /// One migration from a new machine to another.
 fn migrate(
     peer: &Peer,
-    discipline: Discipline,
+    parameters: &Value,
     interrupt: &Interrupt,
 ) -> anyhow::Result<MigrationInfo> {
     let dir = tempfile::tempdir().context("cannot create a directory for sockets")?;
@@ -111,8 +125,7 @@ fn migrate(
     source.settle()?;
     let mut destination = start(Role::Destination)?;
     let uri = destination.listening()?;
-    let parameters = json!({"max-bandwidth": 0, "x-vmferry-discipline": discipline.as_str()});
-    let info = source.migrate(&uri, parameters)?;
+    let info = source.migrate(&uri, parameters.clone())?;
     drop(source);
     let beats = destination.beats(|beats| !beats.is_empty())?;
     let corrupt = beats[beats.len() - 1].heartbeat.corrupt;

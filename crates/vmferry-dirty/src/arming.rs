@@ -46,8 +46,15 @@ impl ArmingChunk {
 }
 
 impl Default for ArmingChunk {
+    /// 64 MiB.
+    ///
+    /// Arming costs a system call a chunk, and flushes the vCPUs' TLBs. On a guest of 4 GiB that rewrote 1 GiB of it
+    /// at random (KVM/PVM), arming a pass took 22.8 ms in chunks of 1 MiB, 3.2 ms in chunks of 16 MiB, 1.0 ms in
+    /// chunks of 64 MiB and 0.5 ms in chunks of 1 GiB; the guest stood still for up to 15, 3.7, 2.0 and 1.1 ms at a
+    /// time. The larger the chunk, the longer its last pages wait between their arming and their sending, and the
+    /// more of them are written meanwhile and have to be sent again. 64 MiB are sent in some 50 ms.
     fn default() -> Self {
-        ArmingChunk::from_bytes(16 << 20)
+        ArmingChunk::from_bytes(64 << 20)
     }
 }
 
