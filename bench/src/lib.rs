@@ -1,8 +1,6 @@
 //! Benchmarks that run vmferry and its peers side by side, on one machine, with the same guest.
 //!
-//! The programs are `peers`, which migrates a guest with QEMU and with vmferry in turn, `transfer`, which
-//! measures what the machine's loopback and memory could do at best, and `dirty_log`, which compares KVM's two ways
-//! to log a guest's writes.
+//! `README.md` beside the manifest says which programs there are, and how to read what they print.
 
 pub mod bitmap;
 pub mod case;
