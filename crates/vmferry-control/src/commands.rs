@@ -120,6 +120,8 @@ commands! {
     "quit" => quit() -> ();
     /// Resets the VM as its reset button would.
     "system_reset" => system_reset() -> ();
+    /// Presses the VM's power button.
+    "system_powerdown" => system_powerdown() -> ();
     /// Starts a migration to the given address.
     "migrate" => migrate(arguments: Migrate) -> ();
     /// Starts to wait for a migration from the given address.

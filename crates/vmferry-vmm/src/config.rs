@@ -3,16 +3,21 @@
 use std::borrow::Cow;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use vmferry_dirty::PAGE_SIZE;
 use vmferry_dirty::log::RingSize;
 
 use crate::error::MachineError;
+use crate::layout::VIRTIO_MMIO_SLOTS;
 
 /// The smallest RAM that a kernel, its command line and its tables fit into.
 const MIN_MEMORY: u64 = 16 << 20;
 
 /// Longest name of a machine, in bytes.
 const MAX_NAME: usize = 255;
+
+/// Longest name of a disk, in bytes: what virtio has room for.
+const MAX_DISK_ID: usize = 20;
 
 /// Where the bytes of a kernel image come from.
 #[derive(Clone, Debug)]
@@ -67,6 +72,40 @@ pub enum SerialConfig {
     Null,
 }
 
+/// What a guest may do with a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Access {
+    /// Read and write it. Nobody else may use the image meanwhile.
+    #[default]
+    ReadWrite,
+    /// Read it. Others may read the image, too.
+    ReadOnly,
+}
+
+/// Whether the host caches what is on a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Caching {
+    /// In its page cache.
+    #[default]
+    Cached,
+    /// Not at all (`O_DIRECT`).
+    Direct,
+}
+
+/// A disk: a raw image or a block device of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its name; without one it is called after its place, `disk0` and so on. The guest sees it as the disk's serial
+    /// number.
+    pub id: Option<String>,
+    /// What the guest may do with it.
+    pub access: Access,
+    /// Whether the host caches it.
+    pub caching: Caching,
+}
+
 /// What happens when the guest resets itself (keyboard controller or triple fault).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnReset {
@@ -99,6 +138,12 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// The serial port.
     pub serial: SerialConfig,
+    /// Disks, as virtio block devices.
+    pub disks: Vec<DiskConfig>,
+    /// A virtio console beside the serial port, and where it leads.
+    pub console: Option<SerialConfig>,
+    /// Whether there is a virtio device that gives random numbers.
+    pub rng: bool,
     /// What a reset by the guest does.
     pub on_reset: OnReset,
     /// Whether the guest comes from elsewhere: nothing is loaded, and the machine waits for it.
@@ -106,6 +151,14 @@ pub struct MachineConfig {
 }
 
 impl MachineConfig {
+    /// The names of the disks, in their order.
+    pub(crate) fn disk_ids(&self) -> impl Iterator<Item = String> {
+        let name = |(place, disk): (usize, &DiskConfig)| {
+            disk.id.clone().unwrap_or_else(|| format!("disk{place}"))
+        };
+        self.disks.iter().enumerate().map(name)
+    }
+
     /// Refuses what cannot be built. `max_cpus` is KVM's limit.
     pub(crate) fn validate(&self, max_cpus: usize) -> Result<(), MachineError> {
         let refuse = |why: String| Err(MachineError::Config(why));
@@ -139,6 +192,31 @@ impl MachineConfig {
                 "there is nothing to boot: name a kernel (a PVH ELF image or a bzImage)".into(),
             );
         }
+        let on_terminal = |port: &SerialConfig| *port == SerialConfig::Stdio;
+        if on_terminal(&self.serial) && self.console.as_ref().is_some_and(on_terminal) {
+            return refuse(
+                "the serial port and the virtio console cannot both be on the terminal: lead one of them elsewhere"
+                    .into(),
+            );
+        }
+        let devices =
+            self.disks.len() + usize::from(self.console.is_some()) + usize::from(self.rng);
+        if devices > VIRTIO_MMIO_SLOTS as usize {
+            return refuse(format!(
+                "{devices} virtio devices are not possible: there are {VIRTIO_MMIO_SLOTS} slots"
+            ));
+        }
+        let ids: Vec<_> = self.disk_ids().collect();
+        for (place, id) in ids.iter().enumerate() {
+            if id.is_empty() || id.len() > MAX_DISK_ID || !id.is_ascii() {
+                return refuse(format!(
+                    "'{id}' cannot name a disk: use 1 to {MAX_DISK_ID} ASCII characters"
+                ));
+            }
+            if ids[..place].contains(id) {
+                return refuse(format!("two disks are called '{id}': give each its own id"));
+            }
+        }
         if self.kernel.is_none() && self.initrd.is_some() {
             return refuse("an initial RAM disk needs a kernel that uses it".into());
         }
@@ -147,10 +225,10 @@ impl MachineConfig {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn config() -> MachineConfig {
+    pub(crate) fn config() -> MachineConfig {
         MachineConfig {
             name: "test".into(),
             cpus: 2,
@@ -161,6 +239,9 @@ mod tests {
             initrd: None,
             cmdline: String::new(),
             serial: SerialConfig::Null,
+            disks: Vec::new(),
+            console: None,
+            rng: false,
             on_reset: OnReset::Reset,
             incoming: false,
         }
@@ -180,6 +261,29 @@ mod tests {
         assert!(refusal(|c| c.memory += 1).contains("multiple of 4096"));
         assert!(refusal(|c| c.memory = 8 << 20).contains("at least 16 MiB"));
         assert!(refusal(|c| c.kernel = None).contains("name a kernel"));
+        let disk = DiskConfig {
+            path: "image".into(),
+            id: None,
+            access: Access::ReadWrite,
+            caching: Caching::Cached,
+        };
+        let disks = |number| vec![disk.clone(); number];
+        assert!(refusal(|c| c.disks = disks(25)).contains("24 slots"));
+        let twice = refusal(|c| {
+            c.disks = disks(2);
+            c.disks[1].id = Some("disk0".into());
+        });
+        assert!(twice.contains("called 'disk0'"), "{twice}");
+        let long = refusal(|c| {
+            c.disks = disks(1);
+            c.disks[0].id = Some("123456789012345678901".into());
+        });
+        assert!(long.contains("1 to 20"), "{long}");
+        let one_terminal = refusal(|c| {
+            c.serial = SerialConfig::Stdio;
+            c.console = Some(SerialConfig::Stdio);
+        });
+        assert!(one_terminal.contains("lead one"), "{one_terminal}");
         assert!(refusal(|c| c.name = "n".repeat(256)).contains("at most 255"));
     }
 }

@@ -45,6 +45,9 @@ pub enum MachineError {
         /// What the user can do.
         hint: &'static str,
     },
+    /// Another process uses a disk.
+    #[error("{0}")]
+    Locked(String),
     /// State that was saved elsewhere does not fit this machine.
     #[error("{0}")]
     Misfit(String),

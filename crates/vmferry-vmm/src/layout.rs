@@ -7,8 +7,10 @@
 //! | 0x6000 | PVH start info, module list and memory map |
 //! | 0x8000 | Linux boot parameters |
 //! | 0x20000 | kernel command line |
-//! | 0x9fc00 - 1 MiB | RAM that the memory map keeps for firmware tables |
+//! | 0x9fc00 - 1 MiB | RAM that the memory map keeps for firmware tables: ACPI's begin at 0xe0000 |
 //! | 1 MiB | usual load address of kernels; the initial RAM disk lies at the end of the low RAM |
+//! | 0xfea00000 | generic event device: power button, power-off, reset |
+//! | 0xfeb00000 | virtio-mmio slots, 512 bytes each |
 //! | 0xfec00000, 0xfee00000 | I/O APIC, local APICs |
 //! | 0xfffbc000 | four pages that KVM keeps for itself on some Intel CPUs |
 //! | 4 GiB | RAM beyond the first 3 GiB |
@@ -36,6 +38,39 @@ pub(crate) const CMDLINE_ROOM: usize = 0x1_0000;
 pub(crate) const LOW_AREA_END: u64 = 0x9_fc00;
 /// Where usable RAM begins again.
 pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// Where the ACPI tables begin, with the root pointer. Kernels without a pointer to it search from here on.
+pub(crate) const ACPI_TABLES: u64 = 0xe_0000;
+
+/// Registers of the generic event device; QEMU's microvm has them here too.
+pub(crate) const EVENT_DEVICE: u64 = 0xfea0_0000;
+/// Its interrupt.
+pub(crate) const EVENT_DEVICE_IRQ: u32 = 9;
+
+/// Registers of the first virtio-mmio slot.
+pub(crate) const VIRTIO_MMIO: u64 = 0xfeb0_0000;
+/// Bytes of a slot.
+pub(crate) const VIRTIO_MMIO_SLOT: u64 = 512;
+/// How many slots there are.
+pub(crate) const VIRTIO_MMIO_SLOTS: u32 = 24;
+/// The first of the eight interrupts that the slots take in turn: the lines of the I/O APIC that no legacy device
+/// can have.
+const VIRTIO_MMIO_IRQ: u32 = 16;
+
+/// Address of a virtio-mmio slot's registers.
+pub(crate) fn virtio_slot(slot: u32) -> u64 {
+    VIRTIO_MMIO + u64::from(slot) * VIRTIO_MMIO_SLOT
+}
+
+/// Interrupt of a virtio-mmio slot. Beyond the eighth slot, lines are shared.
+pub(crate) fn virtio_irq(slot: u32) -> u32 {
+    VIRTIO_MMIO_IRQ + slot % 8
+}
+
+/// Registers of the I/O APIC.
+pub(crate) const IO_APIC: u32 = 0xfec0_0000;
+/// Registers of each local APIC.
+pub(crate) const LOCAL_APIC: u32 = 0xfee0_0000;
 
 /// One page of identity-mapping page table that KVM needs on Intel CPUs without unrestricted guest mode, and
 /// behind it three pages of task state.

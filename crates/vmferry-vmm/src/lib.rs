@@ -6,15 +6,18 @@
 //!
 //! | module | idea |
 //! |---|---|
+//! | `acpi` | tables that tell a kernel what the machine has |
 //! | `config` | what a machine is made of, and what is refused |
 //! | `memory` | one RAM block, seen by the guest in two pieces around the hole below 4 GiB |
 //! | `dirty_log` | which of KVM's dirty logs the machine has |
 //! | `boot` | kernels: PVH ELF images and bzImages |
 //! | `vcpu` | threads that run guest code, and the gate that holds them |
-//! | `devices` | port I/O: the serial port and its back ends, the reset line of the i8042 |
+//! | `devices` | the serial port and its back ends, the reset line of the i8042, the event device of ACPI |
 //! | `state` | everything that KVM and the devices know about the guest, out and in |
+//! | `virtio` | virtio-mmio, and the devices behind it: disks, a console, random numbers |
 //! | `machine`, `migrate` | the whole, as its user and as the engine see it |
 
+mod acpi;
 mod boot;
 mod config;
 mod cpuid;
@@ -32,11 +35,15 @@ mod supervisor;
 #[cfg(test)]
 mod tests;
 mod vcpu;
+mod virtio;
 
 pub use boot::BootError;
-pub use config::{Backing, DirtyLogChoice, KernelSource, MachineConfig, OnReset, SerialConfig};
+pub use config::{
+    Access, Backing, Caching, DirtyLogChoice, DiskConfig, KernelSource, MachineConfig, OnReset,
+    SerialConfig,
+};
 pub use dirty_log::DirtyLogKind;
 pub use error::MachineError;
-pub use machine::{Machine, MachineEvent, OnEvent, VcpuInfo};
+pub use machine::{DiskInfo, Machine, MachineEvent, OnEvent, ShutdownCause, VcpuInfo};
 pub use run_state::RunState;
 pub use vmferry_dirty::log::RingSize;

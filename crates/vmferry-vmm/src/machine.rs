@@ -1,5 +1,6 @@
 //! A virtual machine as its user sees it.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
@@ -7,14 +8,15 @@ use kvm_ioctls::Kvm;
 use vm_superio::SerialState;
 use vmferry_dirty::DirtyLog;
 
+use crate::acpi::{self, Platform};
 use crate::boot::{Images, Occasion};
-use crate::config::{MachineConfig, OnReset};
+use crate::config::{Access, Caching, MachineConfig, OnReset};
 use crate::cpuid;
-use crate::devices::{Bus, SerialPort};
+use crate::devices::{Bus, EventDevice, MmioRange, SerialPort, events};
 use crate::dirty_log::{Chosen, DirtyLogKind};
 use crate::error::{Attempt, MachineError};
 use crate::hypervisor::Hypervisor;
-use crate::layout::SERIAL_IRQ;
+use crate::layout::{EVENT_DEVICE, EVENT_DEVICE_IRQ, SERIAL_IRQ};
 use crate::memory::GuestRam;
 use crate::run_state::RunState;
 use crate::state::clock::ClockState;
@@ -24,6 +26,7 @@ use crate::state::machine::Description;
 use crate::state::msrs;
 use crate::supervisor;
 use crate::vcpu::{Gate, GuestRequest, Vcpu, VcpuThread, Wanted};
+use crate::virtio::{Devices, Disk};
 
 /// Something that happened to a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,10 +40,12 @@ pub enum MachineEvent {
         /// Whether it asked for that itself.
         guest: bool,
     },
+    /// The power button was pressed.
+    PowerButton,
     /// The guest has stopped for good.
     Shutdown {
-        /// Whether it asked for that itself.
-        guest: bool,
+        /// Why.
+        cause: ShutdownCause,
     },
     /// A vCPU cannot go on.
     InternalError {
@@ -51,6 +56,32 @@ pub enum MachineEvent {
     },
     /// The user of the console has pressed the keys that mean "quit".
     QuitKey,
+}
+
+/// A disk, for its user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskInfo {
+    /// Its name.
+    pub id: String,
+    /// The image or block device behind it.
+    pub path: PathBuf,
+    /// What the guest may do with it.
+    pub access: Access,
+    /// Whether the host caches it.
+    pub caching: Caching,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// Why a guest has stopped for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShutdownCause {
+    /// It has powered its machine off.
+    GuestShutdown,
+    /// It has reset itself, and that was to be its end.
+    GuestReset,
+    /// Its user wants it.
+    User,
 }
 
 /// Is told what happens to a machine, in the order in which it does, from whichever thread it happens on, which
@@ -113,6 +144,8 @@ pub struct Machine {
     pub(crate) vcpus: Vec<Arc<Vcpu>>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) bus: Arc<Bus>,
+    pub(crate) events: Arc<EventDevice>,
+    pub(crate) devices: Devices,
     /// What this machine can be for a guest.
     pub(crate) offers: Description,
     images: Option<Images>,
@@ -128,8 +161,19 @@ impl Machine {
     /// with `config.incoming`. What happens to it is told to `on_event`.
     pub fn new(config: MachineConfig, on_event: OnEvent) -> Result<Arc<Self>, MachineError> {
         let hypervisor = Hypervisor::new(|kvm: &Kvm| config.validate(kvm.get_max_vcpus()))?;
-        let images = Images::read(&config)?;
+        let on_event = Arc::new(on_event);
+        let quit_key = || {
+            let keys = on_event.clone();
+            Box::new(move || keys(MachineEvent::QuitKey))
+        };
         let ram = GuestRam::new(config.memory, config.backing)?;
+        let devices = Devices::new(&config, &ram.memory, quit_key())?;
+        let platform = Platform {
+            cpus: config.cpus,
+            virtio_slots: (0..).take(devices.slots().len()).collect(),
+        };
+        let images = Images::read(&config, acpi::tables(&platform))?;
+        devices.connect(&hypervisor.vm)?;
         ram.attach(&hypervisor.vm)?;
         let log = Chosen::new(config.dirty_log, &hypervisor.vm)?;
 
@@ -152,6 +196,7 @@ impl Machine {
                 .get_tsc_khz()
                 .attempt("read a vCPU's TSC frequency")?,
             cpuid: first.cpuid().to_vec(),
+            devices: devices.describe(),
         };
         drop(first);
         let power_on = PowerOn {
@@ -163,15 +208,23 @@ impl Machine {
             pit: PitState::save(&hypervisor.vm)?,
         };
 
-        let on_event = Arc::new(on_event);
-        let keys = on_event.clone();
-        let quit_key = move || keys(MachineEvent::QuitKey);
-        let serial = Arc::new(SerialPort::new(&config.serial, Box::new(quit_key))?);
+        let serial = Arc::new(SerialPort::new(&config.serial, quit_key())?);
         hypervisor
             .vm
             .register_irqfd(serial.interrupt(), SERIAL_IRQ)
             .attempt("connect the serial port's interrupt")?;
-        let bus = Arc::new(Bus::new(serial));
+        let events = Arc::new(EventDevice::new()?);
+        hypervisor
+            .vm
+            .register_irqfd(events.interrupt(), EVENT_DEVICE_IRQ)
+            .attempt("connect the power button's interrupt")?;
+        let mut mmio = vec![MmioRange {
+            start: EVENT_DEVICE,
+            len: events::LEN,
+            device: events.clone(),
+        }];
+        mmio.extend(devices.ranges());
+        let bus = Arc::new(Bus::new(serial, mmio));
 
         let gate = Arc::new(Gate::new(vcpus.len()));
         let state = if config.incoming {
@@ -194,6 +247,8 @@ impl Machine {
             vcpus,
             gate,
             bus,
+            events,
+            devices,
             offers,
             images,
             power_on,
@@ -202,6 +257,7 @@ impl Machine {
             supervisor: Mutex::new(None),
         };
         if !machine.config.incoming {
+            machine.lock_disks()?;
             machine.switch_on(Occasion::PowerOn)?;
         }
         for vcpu in &machine.vcpus {
@@ -248,14 +304,25 @@ impl Machine {
             .collect()
     }
 
+    /// The disks.
+    pub fn disks(&self) -> Vec<DiskInfo> {
+        let info = |disk: &Arc<Disk>| DiskInfo {
+            id: disk.id().to_owned(),
+            path: disk.path().to_owned(),
+            access: disk.access(),
+            caching: disk.caching(),
+            bytes: disk.bytes(),
+        };
+        self.devices.disks().iter().map(info).collect()
+    }
+
     /// Starts the guest, or lets it go on. Does nothing if it runs.
     pub fn resume(&self) -> Result<(), MachineError> {
         let mut lifecycle = self.lifecycle();
         let hint = match lifecycle.state {
             RunState::Running => return Ok(()),
             RunState::Prelaunch | RunState::Paused | RunState::PostMigrate => {
-                self.run(&mut lifecycle);
-                return Ok(());
+                return self.run(&mut lifecycle);
             }
             RunState::FinishMigrate => {
                 "a migration decides on which host it goes on; wait for its end, or cancel it"
@@ -319,7 +386,27 @@ impl Machine {
         }
         lifecycle.state = RunState::Shutdown;
         lifecycle.handover = Handover::None;
-        self.emit(MachineEvent::Shutdown { guest: false });
+        self.emit(MachineEvent::Shutdown {
+            cause: ShutdownCause::User,
+        });
+    }
+
+    /// Presses the power button. What follows is up to the guest: an operating system shuts down.
+    pub fn power_button(&self) -> Result<(), MachineError> {
+        let lifecycle = self.lifecycle();
+        let hint = match lifecycle.state {
+            RunState::Running | RunState::Prelaunch | RunState::Paused => {
+                self.events.press_power_button();
+                self.emit(MachineEvent::PowerButton);
+                return Ok(());
+            }
+            RunState::FinishMigrate => "wait for the end of the migration, or cancel it",
+            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
+            RunState::PostMigrate => "it has left; press the button where it is",
+            RunState::Shutdown | RunState::InternalError => "it has stopped for good",
+        };
+        let attempted = "press the guest's power button";
+        Err(wrong_state(attempted, lifecycle.state, hint))
     }
 
     /// Says that the guest has left and runs elsewhere.
@@ -344,15 +431,22 @@ impl Machine {
         (self.on_event)(event);
     }
 
-    /// Lets the vCPUs run.
-    pub(crate) fn run(&self, lifecycle: &mut Lifecycle) {
+    /// Lets the vCPUs run, if the machine has its disks to itself; else everything stays as it is.
+    pub(crate) fn run(&self, lifecycle: &mut Lifecycle) -> Result<(), MachineError> {
+        self.lock_disks()?;
         lifecycle.state = RunState::Running;
         lifecycle.handover = Handover::None;
         self.go();
         self.emit(MachineEvent::Resume);
+        Ok(())
     }
 
-    /// Stops running vCPUs. Their instructions are complete then, and nothing writes to guest memory.
+    /// Takes the locks of all disks. A machine keeps them until it gives its guest away.
+    pub(crate) fn lock_disks(&self) -> Result<(), MachineError> {
+        self.devices.disks().iter().try_for_each(|disk| disk.lock())
+    }
+
+    /// Stops running vCPUs and devices. Instructions and requests are complete then, and nothing writes to guest memory.
     pub(crate) fn stop(&self, lifecycle: &mut Lifecycle, state: RunState) {
         self.hold();
         for vcpu in &self.vcpus {
@@ -364,17 +458,21 @@ impl Machine {
     }
 
     fn go(&self) {
+        self.devices.go();
         self.gate.set(Wanted::Run);
         self.bus.serial.accept_input(true);
     }
 
     fn hold(&self) {
         self.bus.serial.accept_input(false);
+        // Devices are asked first: a vCPU may wait for one that a busy guest keeps at work.
+        self.devices.ask_to_hold();
         self.gate.set(Wanted::Hold);
         for thread in &self.threads {
             thread.kick();
         }
         self.gate.wait_until_held();
+        self.devices.wait_until_held();
     }
 
     /// Puts the machine into the state in which its kernel starts.
@@ -397,6 +495,10 @@ impl Machine {
         self.power_on.irqchip.load(&self.hypervisor.vm)?;
         self.power_on.pit.load(&self.hypervisor.vm)?;
         self.bus.serial.set_state(&SerialState::default())?;
+        self.events.set_selector(0);
+        for slot in self.devices.slots() {
+            slot.reset();
+        }
         self.gate.set_pending(None);
         Ok(())
     }
@@ -411,9 +513,11 @@ impl Machine {
         self.hold();
         match self.gate.pending() {
             None => self.go(),
+            Some(GuestRequest::PowerOff) => {
+                self.shut_down(&mut lifecycle, ShutdownCause::GuestShutdown);
+            }
             Some(GuestRequest::Reset) if self.config.on_reset == OnReset::Shutdown => {
-                lifecycle.state = RunState::Shutdown;
-                self.emit(MachineEvent::Shutdown { guest: true });
+                self.shut_down(&mut lifecycle, ShutdownCause::GuestReset);
             }
             Some(GuestRequest::Reset) => match self.switch_on(Occasion::Reset) {
                 Ok(()) => {
@@ -429,6 +533,11 @@ impl Machine {
                 self.fail(&mut lifecycle, vcpu, reason);
             }
         }
+    }
+
+    fn shut_down(&self, lifecycle: &mut Lifecycle, cause: ShutdownCause) {
+        lifecycle.state = RunState::Shutdown;
+        self.emit(MachineEvent::Shutdown { cause });
     }
 
     /// Gives up a guest that cannot go on.

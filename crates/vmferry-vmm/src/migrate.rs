@@ -13,11 +13,14 @@ use crate::run_state::RunState;
 use crate::state::Sections;
 use crate::state::clock::{self, ClockState};
 use crate::state::cpu::{self, CpuState};
+use crate::state::events::{self, EventState};
 use crate::state::irqchip::{IRQCHIP, IrqchipState, PIT, PitState};
 use crate::state::machine::{self as description, Description};
 use crate::state::power::{self, PowerState};
 use crate::state::serial::{self, SavedSerial};
+use crate::state::virtio;
 use crate::vcpu::GuestRequest;
+use crate::virtio::SavedTransport;
 
 impl Guest for Machine {
     fn ram(&self) -> &[RamBlock] {
@@ -81,9 +84,10 @@ impl Guest for Machine {
                 Ok(activity)
             }
             Err(error) => {
-                match activity {
-                    Activity::Running => self.run(&mut lifecycle),
-                    Activity::Paused => lifecycle.state = before,
+                lifecycle.state = before;
+                if activity == Activity::Running {
+                    lifecycle.state = RunState::Paused;
+                    self.run(&mut lifecycle).map_err(GuestError::new)?;
                 }
                 Err(GuestError::new(error))
             }
@@ -97,18 +101,19 @@ impl Guest for Machine {
             let error = wrong_state("let the guest go on", lifecycle.state, hint);
             return Err(GuestError::new(error));
         };
-        match was {
-            Activity::Running => self.run(&mut lifecycle),
-            Activity::Paused => {
-                lifecycle.state = match before {
-                    // It ran, but nobody knows on which side it is to go on: its user decides.
-                    RunState::Running => RunState::Paused,
-                    state => state,
-                };
-                lifecycle.handover = Handover::None;
-            }
+        // Where it does not go on at once, it is its user's to start.
+        lifecycle.state = match before {
+            RunState::Running => RunState::Paused,
+            state => state,
+        };
+        lifecycle.handover = Handover::None;
+        match (was, before) {
+            (Activity::Running, _) => self.run(&mut lifecycle),
+            // It ran, but nobody knows on which side it is to go on, and who needs its disks.
+            (Activity::Paused, RunState::Running) => Ok(()),
+            (Activity::Paused, _) => self.lock_disks(),
         }
-        Ok(())
+        .map_err(GuestError::new)
     }
 
     fn save_devices(&self) -> Result<Vec<DeviceState>, GuestError> {
@@ -118,7 +123,7 @@ impl Guest for Machine {
             let error = wrong_state("save the guest's state", lifecycle.state, hint);
             return Err(GuestError::new(error));
         };
-        let mut sections = Vec::with_capacity(self.vcpus.len() + 5);
+        let mut sections = Vec::with_capacity(self.vcpus.len() + 6 + self.devices.slots().len());
         let features = self.hypervisor.features;
         for vcpu in &self.vcpus {
             let failed = |e: MachineError| cpu::SECTION.error(vcpu.index, "save", e);
@@ -133,11 +138,24 @@ impl Guest for Machine {
         sections.push(clock::SECTION.encode(0, clocks)?);
         let serial = SavedSerial::from(self.bus.serial.state());
         sections.push(serial::SECTION.encode(0, &serial)?);
+        let events = EventState {
+            selector: self.events.selector(),
+        };
+        sections.push(events::SECTION.encode(0, &events)?);
         let power = match self.gate.pending() {
             Some(GuestRequest::Reset) => PowerState::ResetRequested,
-            _ => PowerState::On,
+            Some(GuestRequest::PowerOff) => PowerState::PowerOffRequested,
+            Some(GuestRequest::InternalError { .. }) | None => PowerState::On,
         };
         sections.push(power::SECTION.encode(0, &power)?);
+        for (number, slot) in (0..).zip(self.devices.slots()) {
+            sections.push(virtio::section(slot.kind()).encode(number, &slot.save())?);
+        }
+        // From here on the destination may need the disks. Whoever lets the guest go on, here or there, locks them
+        // first.
+        for disk in self.devices.disks() {
+            disk.give_up().map_err(GuestError::new)?;
+        }
         Ok(sections)
     }
 
@@ -162,8 +180,19 @@ impl Guest for Machine {
         let pit: PitState = sections.take(PIT, 0)?;
         let clocks: ClockState = sections.take(clock::SECTION, 0)?;
         let serial: SavedSerial = sections.take(serial::SECTION, 0)?;
+        let events: EventState = sections.take(events::SECTION, 0)?;
         let power: PowerState = sections.take(power::SECTION, 0)?;
+        let devices = (0..)
+            .zip(self.devices.slots())
+            .map(|(number, slot)| {
+                sections.take::<SavedTransport>(virtio::section(slot.kind()), number)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
         sections.finish()?;
+        // Better now than when the source has given the guest away; but the locks are not taken before it has.
+        for disk in self.devices.disks() {
+            disk.check_lock().map_err(GuestError::new)?;
+        }
         clocks
             .check(self.vcpus.len())
             .map_err(|e| clock::SECTION.error(0, "load", e))?;
@@ -186,9 +215,15 @@ impl Guest for Machine {
             .serial
             .set_state(&SerialState::from(serial))
             .map_err(|e| serial::SECTION.error(0, "load", e))?;
+        self.events.set_selector(events.selector);
+        for (number, (slot, saved)) in (0..).zip(self.devices.slots().iter().zip(&devices)) {
+            let failed = |e| virtio::section(slot.kind()).error(number, "load", e);
+            slot.load(saved).map_err(failed)?;
+        }
         self.gate.set_pending(match power {
             PowerState::On => None,
             PowerState::ResetRequested => Some(GuestRequest::Reset),
+            PowerState::PowerOffRequested => Some(GuestRequest::PowerOff),
         });
 
         lifecycle.description = Description {
@@ -216,14 +251,16 @@ impl Guest for Machine {
         };
         self.set_clocks(clocks, paused_for, tsc_deadlines)
             .map_err(|e| clock::SECTION.error(0, "load", e))?;
-        match activity {
-            Activity::Running => self.run(&mut lifecycle),
-            Activity::Paused => {
-                lifecycle.state = RunState::Paused;
-                lifecycle.handover = Handover::None;
-            }
+        // Should the start fail, the guest stays here, its user's to start.
+        lifecycle.state = RunState::Paused;
+        lifecycle.handover = Handover::None;
+        for disk in self.devices.disks() {
+            disk.forget_cache();
         }
-        Ok(())
+        match activity {
+            Activity::Running => self.run(&mut lifecycle).map_err(GuestError::new),
+            Activity::Paused => Ok(()),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use vmferry_control::units::{parse_bandwidth, parse_duration, parse_size};
 use vmferry_engine::dirty_rate::Method;
 use vmferry_engine::{Discipline, Uri};
-use vmferry_vmm::{DirtyLogChoice, RingSize, SerialConfig};
+use vmferry_vmm::{Access, Caching, DirtyLogChoice, DiskConfig, RingSize, SerialConfig};
 
 /// Live migration and fault tolerance for KVM virtual machines.
 #[derive(Debug, Parser)]
@@ -85,6 +85,29 @@ fn parse_serial(text: &str) -> Result<SerialConfig, String> {
     }
 }
 
+fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+    const USAGE: &str = "use path=FILE[,ro=on|off][,id=NAME][,direct=on|off]";
+    let (mut path, mut id) = (None, None);
+    let (mut access, mut caching) = (Access::ReadWrite, Caching::Cached);
+    for option in text.split(',') {
+        match option.split_once('=') {
+            Some(("path", value)) if !value.is_empty() => path = Some(value.into()),
+            Some(("id", value)) if !value.is_empty() => id = Some(value.to_owned()),
+            Some(("ro", "on")) => access = Access::ReadOnly,
+            Some(("ro", "off")) => access = Access::ReadWrite,
+            Some(("direct", "on")) => caching = Caching::Direct,
+            Some(("direct", "off")) => caching = Caching::Cached,
+            _ => return Err(format!("'{option}' is no option of a disk: {USAGE}")),
+        }
+    }
+    Ok(DiskConfig {
+        path: path.ok_or_else(|| format!("the path is missing: {USAGE}"))?,
+        id,
+        access,
+        caching,
+    })
+}
+
 fn parse_dirty_log(text: &str) -> Result<DirtyLogChoice, String> {
     match (text, text.split_once(':')) {
         ("auto", None) => Ok(DirtyLogChoice::Auto),
@@ -152,6 +175,16 @@ pub struct Run {
     /// Where the serial port leads: stdio, null, file:PATH or unix:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = parse_serial)]
     pub serial: SerialConfig,
+    /// A disk for the guest (virtio): path=FILE[,ro=on|off][,id=NAME][,direct=on|off], a raw image or a block device. May
+    /// be given several times
+    #[arg(long, value_name = "path=FILE,...", value_parser = parse_disk)]
+    pub disk: Vec<DiskConfig>,
+    /// A virtio console for the guest, and where it leads: stdio, null, file:PATH or unix:PATH
+    #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
+    pub console: Option<SerialConfig>,
+    /// A virtio device that gives the guest random numbers
+    #[arg(long)]
+    pub rng: bool,
     /// Where the monitor (QMP) listens
     #[arg(long, value_name = "unix:PATH", value_parser = parse_monitor)]
     pub qmp: Option<PathBuf>,
@@ -274,6 +307,10 @@ mod tests {
         for (args, part) in [
             (&["run", "--kernel", "guest:nobody"][..], "there is dirtier"),
             (&["run", "--serial", "tcp:1"], "file:PATH"),
+            (&["run", "--disk", "ro=on"], "the path is missing"),
+            (&["run", "--disk", "path=a,ro=maybe"], "'ro=maybe'"),
+            (&["run", "--disk", "a.img"], "'a.img' is no option"),
+            (&["run", "--console", "tcp:1"], "file:PATH"),
             (&["run", "--incoming", "nowhere"], "tcp:HOST:PORT"),
             (&["run", "--memory", "1.5.2G"], "1.5.2G"),
             (&["run", "--dirty-log", "bitmap"], "ring:ENTRIES"),

@@ -18,6 +18,8 @@ pub enum Event {
     MigrationPass(MigrationPassData),
     /// The VM ends.
     Shutdown(ShutdownData),
+    /// The VM's power button was pressed, with `system_powerdown`.
+    Powerdown,
     /// The VM was reset.
     Reset(ShutdownData),
 }

@@ -113,6 +113,11 @@ impl Handler for FakeMachine {
         Ok(())
     }
 
+    fn system_powerdown(&self) -> Result<(), QmpError> {
+        self.events.emit(Event::Powerdown);
+        Ok(())
+    }
+
     fn migrate(&self, arguments: Migrate) -> Result<(), QmpError> {
         self.state.lock().unwrap().destinations.push(arguments.uri);
         self.migrate_to(MigrationStatus::Setup);

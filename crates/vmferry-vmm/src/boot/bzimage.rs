@@ -10,7 +10,7 @@ use linux_loader::loader::bzimage::BzImage;
 use vm_memory::{Address, GuestAddress};
 
 use super::{BootError, Entry, Images, memory_map};
-use crate::layout::{CMDLINE, HIGH_MEMORY, LINUX_BOOT_PARAMS};
+use crate::layout::{ACPI_TABLES, CMDLINE, HIGH_MEMORY, LINUX_BOOT_PARAMS};
 use crate::memory::GuestMemory;
 
 /// Where the setup header's magic number is, and what it is.
@@ -60,6 +60,7 @@ pub(super) fn load(
 
     let mut params = boot_params {
         hdr: header,
+        acpi_rsdp_addr: ACPI_TABLES,
         ..Default::default()
     };
     params.hdr.type_of_loader = LOADER_UNDEFINED;

@@ -14,7 +14,8 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::config::{KernelSource, MachineConfig};
 use crate::error::{Attempt, MachineError};
 use crate::layout::{
-    BOOT_GDT, CMDLINE, CMDLINE_ROOM, HIGH_MEMORY, HIGH_RAM_START, LOW_AREA_END, LOW_RAM_END,
+    ACPI_TABLES, BOOT_GDT, CMDLINE, CMDLINE_ROOM, HIGH_MEMORY, HIGH_RAM_START, LOW_AREA_END,
+    LOW_RAM_END,
 };
 use crate::memory::GuestMemory;
 
@@ -85,6 +86,7 @@ pub(crate) struct Images {
     kernel: Kernel,
     initrd: Option<Vec<u8>>,
     cmdline: String,
+    acpi: Vec<u8>,
 }
 
 enum Kernel {
@@ -113,8 +115,8 @@ pub(crate) struct Entry {
 }
 
 impl Images {
-    /// Reads the images that `config` names, if any.
-    pub fn read(config: &MachineConfig) -> Result<Option<Self>, BootError> {
+    /// Reads the images that `config` names, if any. The kernel will find the tables `acpi`.
+    pub fn read(config: &MachineConfig, acpi: Vec<u8>) -> Result<Option<Self>, BootError> {
         let Some(source) = &config.kernel else {
             return Ok(None);
         };
@@ -139,6 +141,7 @@ impl Images {
             kernel,
             initrd,
             cmdline: config.cmdline.clone(),
+            acpi,
         }))
     }
 
@@ -157,6 +160,7 @@ impl Images {
             CMDLINE + self.cmdline.len() as u64,
             &[0],
         )?;
+        write(memory, "the ACPI tables", ACPI_TABLES, &self.acpi)?;
         match &self.kernel {
             Kernel::Pvh(image) => pvh::load(self, image, memory, ram, occasion),
             Kernel::BzImage(image) => bzimage::load(self, image, memory, ram),

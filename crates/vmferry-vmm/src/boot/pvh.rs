@@ -12,7 +12,9 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::{BootError, Entry, Images, Occasion, elf, memory_map};
-use crate::layout::{CMDLINE, HIGH_MEMORY, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
+use crate::layout::{
+    ACPI_TABLES, CMDLINE, HIGH_MEMORY, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO,
+};
 use crate::memory::GuestMemory;
 
 const START_INFO_MAGIC: u32 = 0x336e_c578;
@@ -65,6 +67,7 @@ pub(super) fn load(
         nr_modules: modules.len() as u32,
         modlist_paddr: if modules.is_empty() { 0 } else { PVH_MODULES },
         cmdline_paddr: CMDLINE,
+        rsdp_paddr: ACPI_TABLES,
         memmap_paddr: PVH_MEMORY_MAP,
         memmap_entries: map.len() as u32,
         ..Default::default()

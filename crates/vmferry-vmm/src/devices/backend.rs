@@ -1,4 +1,4 @@
-//! Where the serial port leads. A thread of its own moves the bytes, so that the guest never waits: neither
+//! Where the serial port and the console lead. A thread of its own moves the bytes, so that the guest never waits: neither
 //! for a client that does not read, nor for a terminal that was stopped.
 
 use std::collections::VecDeque;
@@ -32,7 +32,7 @@ pub(crate) type BackendEvents = Box<dyn Fn() + Send>;
 type Input = Box<dyn Fn(&[u8]) -> usize + Send>;
 
 /// Output on its way to the back end, and the bell that wakes the back end's thread.
-pub(super) struct Outbox {
+pub(crate) struct Outbox {
     bytes: Mutex<VecDeque<u8>>,
     bell: EventFd,
     accepts_input: AtomicBool,
@@ -66,7 +66,7 @@ impl Outbox {
 }
 
 /// The guest's end of an [`Outbox`].
-pub(super) struct GuestEnd(pub Arc<Outbox>);
+pub(crate) struct GuestEnd(pub Arc<Outbox>);
 
 impl Write for GuestEnd {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
@@ -102,7 +102,7 @@ enum Target {
 }
 
 impl Target {
-    fn open(config: &SerialConfig) -> Result<Self, MachineError> {
+    fn open(port: &str, config: &SerialConfig) -> Result<Self, MachineError> {
         let failed = |action: String| move |source| MachineError::Os { action, source };
         Ok(match config {
             SerialConfig::Stdio => Target::Stdio {
@@ -111,11 +111,11 @@ impl Target {
                     .map_err(failed("put the terminal into raw mode".into()))?,
             },
             SerialConfig::File(path) => {
-                let what = format!("create the serial port's output file {}", path.display());
+                let what = format!("create the {port}'s output file {}", path.display());
                 Target::File(File::create(path).map_err(failed(what))?)
             }
             SerialConfig::Unix(path) => {
-                let what = format!("listen for the serial port's clients on {}", path.display());
+                let what = format!("listen for the {port}'s clients on {}", path.display());
                 let listener = listen(path).map_err(failed(what))?;
                 Target::Unix {
                     listener,
@@ -211,21 +211,24 @@ fn listen(path: &PathBuf) -> io::Result<UnixListener> {
 }
 
 /// The back end's thread; it ends, and hands out the last output, when this is dropped.
-pub(super) struct Backend {
+pub(crate) struct Backend {
     outbox: Arc<Outbox>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Backend {
+    /// Starts the thread of `port` ("serial port").
     pub fn start(
+        port: &'static str,
         config: &SerialConfig,
         outbox: Arc<Outbox>,
         input: Input,
         events: BackendEvents,
     ) -> Result<Self, MachineError> {
-        let target = Target::open(config)?;
+        let target = Target::open(port, config)?;
         let mut worker = Worker {
             target,
+            port,
             outbox: outbox.clone(),
             input,
             events,
@@ -233,10 +236,10 @@ impl Backend {
             input_ended: false,
         };
         let thread = thread::Builder::new()
-            .name("serial".into())
+            .name(port.into())
             .spawn(move || worker.run())
             .map_err(|source| MachineError::Os {
-                action: "start the serial port's thread".into(),
+                action: format!("start the {port}'s thread"),
                 source,
             })?;
         Ok(Backend {
@@ -251,12 +254,13 @@ impl Drop for Backend {
         self.outbox.ended.store(true, Ordering::Release);
         self.outbox.wake();
         if self.thread.take().is_some_and(|t| t.join().is_err()) {
-            tracing::error!("the serial port's thread has panicked");
+            tracing::error!("the thread behind a port has panicked");
         }
     }
 }
 
 struct Worker {
+    port: &'static str,
     target: Target,
     outbox: Arc<Outbox>,
     input: Input,
@@ -343,7 +347,7 @@ impl Worker {
             match listener.accept() {
                 Ok((stream, _)) if stream.set_nonblocking(true).is_ok() => *client = Some(stream),
                 Ok(_) => {}
-                Err(error) => tracing::debug!(%error, "a client of the serial port went away"),
+                Err(error) => tracing::debug!(port = self.port, %error, "a client went away"),
             }
         }
     }
@@ -360,7 +364,7 @@ impl Worker {
             Ok(done) => done,
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => 0,
             Err(error) => {
-                tracing::debug!(%error, "serial output cannot be written and is dropped");
+                tracing::debug!(port = self.port, %error, "output cannot be written and is dropped");
                 self.target.hang_up();
                 chunk.len()
             }
@@ -385,7 +389,7 @@ impl Worker {
             },
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(error) => {
-                tracing::debug!(%error, "serial input cannot be read");
+                tracing::debug!(port = self.port, %error, "input cannot be read");
                 self.target.hang_up();
                 self.input_ended = !matches!(self.target, Target::Unix { .. });
             }

@@ -2,8 +2,11 @@
 
 mod backend;
 mod bus;
+pub(crate) mod events;
 mod serial;
 mod terminal;
 
-pub(crate) use bus::Bus;
+pub(crate) use backend::{Backend, BackendEvents, GuestEnd, Outbox};
+pub(crate) use bus::{Bus, MmioDevice, MmioRange, WriteEffect};
+pub(crate) use events::EventDevice;
 pub(crate) use serial::SerialPort;

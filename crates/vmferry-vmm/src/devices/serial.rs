@@ -80,7 +80,13 @@ impl SerialPort {
             // An error means that the FIFO is full or the port is in loopback mode: nothing was taken.
             uart.enqueue_raw_bytes(bytes).unwrap_or(0)
         };
-        let backend = Backend::start(config, outbox.clone(), Box::new(input), events)?;
+        let backend = Backend::start(
+            "serial port",
+            config,
+            outbox.clone(),
+            Box::new(input),
+            events,
+        )?;
         Ok(SerialPort {
             uart,
             interrupt,

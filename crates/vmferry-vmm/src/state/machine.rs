@@ -4,13 +4,14 @@ use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 use super::SectionKind;
+use super::virtio::{self, DeviceDescription};
 use crate::cpuid;
 use crate::error::MachineError;
 
 /// The section that describes a machine.
 pub(crate) const SECTION: SectionKind = SectionKind {
     name: "vmferry/machine",
-    version: 1,
+    version: 2,
 };
 
 /// How far two hosts' TSC frequencies may be apart without scaling: what Linux's clock keeping tolerates.
@@ -24,6 +25,8 @@ pub(crate) struct Description {
     pub tsc_khz: u32,
     /// CPUID of the first vCPU.
     pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// By slot.
+    pub devices: Vec<DeviceDescription>,
 }
 
 impl Description {
@@ -46,6 +49,7 @@ impl Description {
                 size(source.memory)
             ));
         }
+        virtio::accepts(&self.devices, &source.devices)?;
         let missing = cpuid::missing(&source.cpuid, &self.cpuid);
         if !missing.is_empty() {
             return refuse(format!(
@@ -69,7 +73,8 @@ fn count(vcpus: u32) -> String {
     format!("{vcpus} vCPU{}", if vcpus == 1 { "" } else { "s" })
 }
 
-fn size(bytes: u64) -> String {
+/// So many bytes, as the command line takes them.
+pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [(u32, &str); 3] = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
     for (shift, unit) in UNITS {
         if bytes != 0 && bytes.is_multiple_of(1 << shift) {
@@ -93,6 +98,7 @@ mod tests {
                 ebx: 1 << 16,
                 ..Default::default()
             }],
+            devices: Vec::new(),
         }
     }
 

@@ -1,7 +1,8 @@
 //! Everything that makes up a guest beside its RAM, out and in.
 //!
 //! Each kind of state is a section of its own: `vmferry/cpu` for each vCPU, then one each of
-//! `vmferry/irqchip`, `vmferry/pit`, `vmferry/clock`, `vmferry/serial` and `vmferry/power`. A section's data is
+//! `vmferry/irqchip`, `vmferry/pit`, `vmferry/clock`, `vmferry/serial`, `vmferry/acpi-ged` and `vmferry/power`, and one
+//! for each virtio device (`vmferry/virtio-blk` and so on). A section's data is
 //! [`postcard`]; KVM's structures are in it as the kernel lays them out, which is stable. Data from a stream is
 //! hostile: whatever it holds gives a value or an error.
 
@@ -13,11 +14,13 @@ use vmferry_engine::seam::{DeviceState, GuestError};
 
 pub(crate) mod clock;
 pub(crate) mod cpu;
+pub(crate) mod events;
 pub(crate) mod irqchip;
 pub(crate) mod machine;
 pub(crate) mod msrs;
 pub(crate) mod power;
 pub(crate) mod serial;
+pub(crate) mod virtio;
 
 /// A kind of section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,5 @@
-//! A reset that the guest has asked for and not been given when it was stopped: it happens where it goes on.
+//! A reset or power-off that the guest has asked for and not been given when it was stopped: it happens where it
+//! goes on.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +8,7 @@ use super::SectionKind;
 /// The section of the power state.
 pub(crate) const SECTION: SectionKind = SectionKind {
     name: "vmferry/power",
-    version: 1,
+    version: 2,
 };
 
 /// What the guest waits for.
@@ -17,4 +18,6 @@ pub(crate) enum PowerState {
     On,
     /// A reset.
     ResetRequested,
+    /// To be switched off.
+    PowerOffRequested,
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vmferry_engine::seam::{Activity, Guest};
 
 use super::*;
-use crate::{KernelSource, RunState};
+use crate::{KernelSource, RunState, ShutdownCause};
 
 fn output(path: &Path) -> Vec<u8> {
     fs::read(path).unwrap()
@@ -125,7 +125,12 @@ fn a_reset_can_be_the_end() {
     wait_for_progress(&machine);
     command(&machine, guest::RESET);
     expect(&events, &MachineEvent::Resume);
-    expect(&events, &MachineEvent::Shutdown { guest: true });
+    expect(
+        &events,
+        &MachineEvent::Shutdown {
+            cause: ShutdownCause::GuestReset,
+        },
+    );
     assert_eq!(machine.run_state(), RunState::Shutdown);
     let error = machine.resume().unwrap_err().to_string();
     assert!(

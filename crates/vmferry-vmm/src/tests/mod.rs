@@ -39,6 +39,9 @@ fn config(cpus: u32, serial: &Path) -> MachineConfig {
         initrd: None,
         cmdline: "console=ttyS0".into(),
         serial: SerialConfig::File(serial.to_owned()),
+        disks: Vec::new(),
+        console: None,
+        rng: false,
         on_reset: OnReset::Reset,
         incoming: false,
     }

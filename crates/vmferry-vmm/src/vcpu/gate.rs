@@ -1,4 +1,4 @@
-//! The gate: where vCPU threads wait while the guest stands still.
+//! The gate: where vCPU threads wait while the guest stands still. The threads of virtio devices have one of their own.
 //!
 //! A vCPU thread passes the gate before every stay in the guest. Whoever holds the machine's run state closes
 //! it, kicks the threads out of the guest and waits until all of them have come to it. A kick is never lost: a
@@ -12,6 +12,8 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 pub(crate) enum GuestRequest {
     /// The guest wants to start again.
     Reset,
+    /// The guest has powered the machine off.
+    PowerOff,
     /// The vCPU cannot go on.
     InternalError {
         /// Which vCPU.
@@ -31,7 +33,7 @@ pub(crate) enum Wanted {
 
 /// What a vCPU thread does after the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pass {
+pub(crate) enum Pass {
     Run,
     Quit,
 }
@@ -76,8 +78,13 @@ impl Gate {
         self.state.lock().expect("no holder of the gate panics")
     }
 
+    /// Whether threads may pass.
+    pub fn is_open(&self) -> bool {
+        self.lock().is_open()
+    }
+
     /// Called by a vCPU thread between two stays in the guest. `forget_kicks` runs under the lock.
-    pub(super) fn pass(&self, forget_kicks: impl Fn()) -> Pass {
+    pub fn pass(&self, forget_kicks: impl Fn()) -> Pass {
         let mut state = self.lock();
         if !state.is_open() && state.wanted != Wanted::Quit {
             state.held += 1;

@@ -16,7 +16,7 @@ use crate::error::{Attempt, MachineError};
 mod gate;
 mod run;
 
-pub(crate) use gate::{Gate, GuestRequest, Wanted};
+pub(crate) use gate::{Gate, GuestRequest, Pass, Wanted};
 
 /// A vCPU. Its thread holds the lock of `inner` while it runs guest code, and lets go of it at the gate.
 pub(crate) struct Vcpu {

@@ -8,7 +8,7 @@ use vmferry_dirty::log::KvmDirtyRing;
 
 use super::Vcpu;
 use super::gate::{Gate, GuestRequest, Pass};
-use crate::devices::Bus;
+use crate::devices::{Bus, WriteEffect};
 
 pub(super) fn run(vcpu: &Vcpu, gate: &Gate, bus: &Bus, ring: Option<&KvmDirtyRing>) {
     let forget_kicks = || vcpu.immediate_exit.get().store(0, Ordering::SeqCst);
@@ -40,20 +40,15 @@ fn stay_in_guest(
                 continue;
             }
             Ok(VcpuExit::IoOut(port, data)) => {
-                if bus.port_write(port, data).resets() {
-                    // Leave, but only by way of the KVM_RUN that completes this instruction.
-                    request = Some(GuestRequest::Reset);
-                    vcpu.immediate_exit.get().store(1, Ordering::SeqCst);
-                }
+                leave_for(bus.port_write(port, data), vcpu, &mut request);
                 continue;
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
-                tracing::debug!(address, len = data.len(), "read of unknown MMIO");
-                data.fill(0xff);
+                bus.mmio_read(address, data);
                 continue;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                tracing::debug!(address, len = data.len(), "write to unknown MMIO");
+                leave_for(bus.mmio_write(address, data), vcpu, &mut request);
                 continue;
             }
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
@@ -80,6 +75,17 @@ fn stay_in_guest(
             reason: format!("{broken}; {}", registers(fd)),
         });
     }
+}
+
+/// Has the vCPU leave the guest if a write calls for the machine, but only by way of the KVM_RUN that completes
+/// the writing instruction.
+fn leave_for(effect: WriteEffect, vcpu: &Vcpu, request: &mut Option<GuestRequest>) {
+    *request = match effect {
+        WriteEffect::Nothing => return,
+        WriteEffect::Reset => Some(GuestRequest::Reset),
+        WriteEffect::PowerOff => Some(GuestRequest::PowerOff),
+    };
+    vcpu.immediate_exit.get().store(1, Ordering::SeqCst);
 }
 
 /// Where the vCPU is, for a human.

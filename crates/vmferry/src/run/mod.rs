@@ -96,6 +96,9 @@ fn config(options: &cli::Run) -> MachineConfig {
         initrd: options.initrd.clone(),
         cmdline: options.cmdline.clone(),
         serial: options.serial.clone(),
+        disks: options.disk.clone(),
+        console: options.console.clone(),
+        rng: options.rng,
         on_reset: match options.no_reboot {
             true => OnReset::Shutdown,
             false => OnReset::Reset,
@@ -137,9 +140,14 @@ fn on_event(events: EventBus, exit: Sender<Exit>) -> OnEvent {
                 };
                 events.emit(Event::Reset(ShutdownData { guest, reason }));
             }
-            // A guest can end only by resetting itself (--no-reboot).
-            MachineEvent::Shutdown { guest: true } => end(true, ShutdownCause::GuestReset),
-            MachineEvent::Shutdown { guest: false } => end(false, ShutdownCause::HostQmpQuit),
+            MachineEvent::PowerButton => events.emit(Event::Powerdown),
+            MachineEvent::Shutdown { cause } => match cause {
+                vmferry_vmm::ShutdownCause::GuestShutdown => {
+                    end(true, ShutdownCause::GuestShutdown)
+                }
+                vmferry_vmm::ShutdownCause::GuestReset => end(true, ShutdownCause::GuestReset),
+                vmferry_vmm::ShutdownCause::User => end(false, ShutdownCause::HostQmpQuit),
+            },
             MachineEvent::InternalError { vcpu, reason } => {
                 output::note(format!("vmferry: the guest stopped: vCPU {vcpu}: {reason}"));
             }

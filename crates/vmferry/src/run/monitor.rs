@@ -97,6 +97,10 @@ impl Handler for Monitor {
         self.machine.reset().map_err(generic)
     }
 
+    fn system_powerdown(&self) -> Result<(), QmpError> {
+        self.machine.power_button().map_err(generic)
+    }
+
     fn migrate(&self, arguments: Migrate) -> Result<(), QmpError> {
         self.migrations.send(arguments.uri)
     }

@@ -1,0 +1,170 @@
+//! Virtio devices: what a destination must have of them, and the sections of their state.
+//!
+//! The section's instance is the number of the device's slot.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::SectionKind;
+use super::machine::size;
+use crate::config::Access;
+use crate::error::MachineError;
+use crate::virtio::Kind;
+
+/// The section of a device of this kind.
+pub(crate) fn section(kind: Kind) -> SectionKind {
+    let name = match kind {
+        Kind::Block => "vmferry/virtio-blk",
+        Kind::Console => "vmferry/virtio-console",
+        Kind::Rng => "vmferry/virtio-rng",
+    };
+    SectionKind { name, version: 1 }
+}
+
+/// A device, as far as its guest can tell. Their order is that of the slots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum DeviceDescription {
+    Block {
+        id: String,
+        sectors: u64,
+        access: Access,
+    },
+    Console,
+    Rng,
+}
+
+impl fmt::Display for DeviceDescription {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceDescription::Block { id, .. } => write!(f, "disk '{}'", id.escape_debug()),
+            DeviceDescription::Console => f.write_str("a virtio console"),
+            DeviceDescription::Rng => f.write_str("a virtio random number generator"),
+        }
+    }
+}
+
+impl DeviceDescription {
+    /// The command-line option that makes a machine have it.
+    fn option(&self) -> String {
+        match self {
+            DeviceDescription::Block { id, access, .. } => {
+                let ro = match access {
+                    Access::ReadWrite => "",
+                    Access::ReadOnly => ",ro=on",
+                };
+                format!("--disk path=IMAGE,id={}{ro}", id.escape_debug())
+            }
+            DeviceDescription::Console => "--console WHERE".to_owned(),
+            DeviceDescription::Rng => "--rng".to_owned(),
+        }
+    }
+
+    /// Whether the two look the same but for a disk's size.
+    fn is_like(&self, other: &DeviceDescription) -> bool {
+        let without_size = |device: &DeviceDescription| match device.clone() {
+            DeviceDescription::Block { id, access, .. } => DeviceDescription::Block {
+                id,
+                access,
+                sectors: 0,
+            },
+            other => other,
+        };
+        without_size(self) == without_size(other)
+    }
+}
+
+/// Whether a guest that has the devices `source` can go on with the devices `here`.
+pub(crate) fn accepts(
+    here: &[DeviceDescription],
+    source: &[DeviceDescription],
+) -> Result<(), MachineError> {
+    let alike = here.len() == source.len() && here.iter().zip(source).all(|(h, s)| h.is_like(s));
+    if !alike {
+        let options: Vec<_> = source.iter().map(DeviceDescription::option).collect();
+        return Err(MachineError::Misfit(format!(
+            "the source has {}, this machine has {}: start it {}",
+            list(source),
+            list(here),
+            match options.is_empty() {
+                true => "without --disk, --console and --rng".to_owned(),
+                false => format!("with {}", options.join(" ")),
+            }
+        )));
+    }
+    for pair in here.iter().zip(source) {
+        if let (
+            DeviceDescription::Block { id, sectors, .. },
+            DeviceDescription::Block { sectors: there, .. },
+        ) = pair
+            && sectors != there
+        {
+            let bytes = |sectors: u64| size(sectors.saturating_mul(512));
+            return Err(MachineError::Misfit(format!(
+                "the source's disk '{id}' has {}, this machine's has {}: give both the same image",
+                bytes(*there),
+                bytes(*sectors)
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn list(devices: &[DeviceDescription]) -> String {
+    match devices {
+        [] => "no virtio devices".to_owned(),
+        _ => devices
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(", "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(id: &str, sectors: u64) -> DeviceDescription {
+        DeviceDescription::Block {
+            id: id.to_owned(),
+            sectors,
+            access: Access::ReadWrite,
+        }
+    }
+
+    fn refusal(here: &[DeviceDescription], source: &[DeviceDescription]) -> String {
+        match accepts(here, source) {
+            Ok(()) => String::new(),
+            Err(e) => e.to_string(),
+        }
+    }
+
+    #[test]
+    fn a_misfit_says_how_to_start_the_destination() {
+        let source = [disk("root", 1 << 21), DeviceDescription::Rng];
+        assert_eq!(refusal(&source, &source), "");
+        assert_eq!(
+            refusal(&[], &source),
+            "the source has disk 'root', a virtio random number generator, this machine has no virtio devices: start \
+             it with --disk path=IMAGE,id=root --rng"
+        );
+        assert_eq!(
+            refusal(&source, &[]),
+            "the source has no virtio devices, this machine has disk 'root', a virtio random number generator: start \
+             it without --disk, --console and --rng"
+        );
+        let smaller = [disk("root", 1 << 20), DeviceDescription::Rng];
+        assert_eq!(
+            refusal(&smaller, &source),
+            "the source's disk 'root' has 1GiB, this machine's has 512MiB: give both the same image"
+        );
+        let read_only = [DeviceDescription::Block {
+            id: "a".into(),
+            sectors: 8,
+            access: Access::ReadOnly,
+        }];
+        assert!(refusal(&[disk("a", 8)], &read_only).contains("id=a,ro=on"));
+        assert!(refusal(&[], &[disk("\n", 8)]).contains("'\\n'"));
+    }
+}

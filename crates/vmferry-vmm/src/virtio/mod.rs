@@ -1,0 +1,155 @@
+//! Virtio devices behind virtio-mmio (virtio 1.2, section 4.2).
+//!
+//! | module | idea |
+//! |---|---|
+//! | `queue`, `chain` | what the driver offers, checked before anything trusts it |
+//! | `transport` | the registers of a slot and the device's life: reset, negotiation, running, broken |
+//! | `slot` | a transport with its eventfds: what KVM and the device's thread hold of it |
+//! | `threads` | one thread a device, and the gate that holds them all |
+//! | `rng`, `console`, `blk` | devices |
+//!
+//! # Who may do what
+//!
+//! A device's state, its queues and their rings are behind one mutex: a vCPU takes it to read or write a register
+//! (except those of the interrupt), the device's thread while it serves a batch of requests. While the machine
+//! stands still, all device threads wait at a gate, and a request is either complete or still in its ring:
+//! nothing is in flight, so nothing in flight has to be saved.
+//!
+//! # Trust
+//!
+//! The driver is hostile. Every chain of descriptors is copied out of guest memory once and checked as a whole; a
+//! device sees buffers that lie in RAM. What breaks the rules is [`Broken`]: the device says DEVICE_NEEDS_RESET and
+//! stops, and nobody else notices. The same holds for state that comes from a stream.
+//!
+//! All guest memory is written through [`GuestMemory`](crate::memory::GuestMemory), whose log the migration reads.
+
+mod blk;
+mod chain;
+mod console;
+mod queue;
+mod rng;
+mod slot;
+#[cfg(test)]
+mod tests;
+mod threads;
+mod transport;
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::error::MachineError;
+
+pub(crate) use blk::{Block, Disk};
+pub(crate) use chain::{Broken, Chain};
+pub(crate) use console::Console;
+pub(crate) use queue::Requests;
+pub(crate) use rng::Rng;
+pub(crate) use threads::Devices;
+pub(crate) use transport::SavedTransport;
+
+/// What kind of device a slot holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Block,
+    Console,
+    Rng,
+}
+
+impl Kind {
+    /// The number that virtio has for it.
+    pub fn id(self) -> u32 {
+        match self {
+            Kind::Block => virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK,
+            Kind::Console => virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE,
+            Kind::Rng => virtio_bindings::virtio_ids::VIRTIO_ID_RNG,
+        }
+    }
+
+    /// Its name, for humans and threads.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Block => "virtio-blk",
+            Kind::Console => "virtio-console",
+            Kind::Rng => "virtio-rng",
+        }
+    }
+}
+
+/// A device behind a transport. All methods are called under the slot's mutex.
+pub(crate) trait VirtioDevice: Send {
+    fn kind(&self) -> Kind;
+
+    /// The features that the device itself offers, beside those of the transport.
+    fn features(&self) -> u64 {
+        0
+    }
+
+    /// The largest size of each queue, a power of two each.
+    fn queue_sizes(&self) -> &'static [u16];
+
+    /// The device's configuration; what lies behind its end reads as zero.
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// The driver has chosen these features and starts to use the queues. After a migration it is called before
+    /// [`load`](Self::load).
+    fn activate(&mut self, _features: u64) {}
+
+    /// Forgets the driver.
+    fn reset(&mut self) {}
+
+    /// Serves what waits in queue `index`, until there is no more or `requests` says that it is enough.
+    fn serve(&mut self, index: usize, requests: &mut Requests<'_>) -> Result<(), Broken>;
+
+    /// What the device knows beside its configuration and its queues.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Puts that back, on another host perhaps.
+    fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        match state {
+            [] => Ok(()),
+            _ => Err(MachineError::Misfit(format!(
+                "{} bytes of state belong to no device here",
+                state.len()
+            ))),
+        }
+    }
+}
+
+/// One event for each queue, with which KVM (for the driver) or a back end has the device's thread look at it.
+#[derive(Clone)]
+pub(crate) struct Kicks(Vec<Arc<EventFd>>);
+
+impl Kicks {
+    pub fn new(queues: usize) -> Result<Self, MachineError> {
+        (0..queues)
+            .map(|_| event().map(Arc::new))
+            .collect::<Result<_, _>>()
+            .map(Kicks)
+    }
+
+    /// The event of one queue.
+    pub fn of(&self, queue: usize) -> Arc<EventFd> {
+        self.0[queue].clone()
+    }
+
+    pub fn all(&self) -> &[Arc<EventFd>] {
+        &self.0
+    }
+}
+
+fn event() -> Result<EventFd, MachineError> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| MachineError::Os {
+        action: "create an event of a virtio device".into(),
+        source,
+    })
+}
+
+/// Signals an event. That can only fail when its counter is full, and then it is signalled.
+fn signal(event: &EventFd) {
+    let _ = event.write(1);
+}

@@ -1,0 +1,183 @@
+//! A queue and what its device does with it.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::chain::{Broken, Chain};
+use super::{event, signal};
+use crate::error::MachineError;
+use crate::memory::GuestMemory;
+use crate::vcpu::Gate;
+
+/// A device's interrupt line and the register that says why it was raised.
+pub(crate) struct Interrupt {
+    status: AtomicU32,
+    event: EventFd,
+}
+
+impl Interrupt {
+    pub fn new() -> Result<Self, MachineError> {
+        Ok(Interrupt {
+            status: AtomicU32::new(0),
+            event: event()?,
+        })
+    }
+
+    /// What KVM should listen to.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// There is something in a used ring.
+    pub fn used(&self) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    /// The device's status or configuration has changed.
+    pub fn config(&self) {
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    fn raise(&self, why: u32) {
+        // The driver reads the register at the interrupt, so it comes first.
+        self.status.fetch_or(why, Ordering::AcqRel);
+        signal(&self.event);
+    }
+
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::Acquire)
+    }
+
+    /// The driver has seen these reasons.
+    pub fn acknowledge(&self, why: u32) {
+        self.status.fetch_and(!why, Ordering::AcqRel);
+    }
+
+    /// Puts the line into a saved state. An interrupt that may have been on its way is raised again: one too many
+    /// does no harm, one too few hangs the driver.
+    pub fn set_status(&self, status: u32) {
+        self.status.store(status, Ordering::Release);
+        if status != 0 {
+            signal(&self.event);
+        }
+    }
+}
+
+/// What a device may do with one of its queues.
+pub(crate) struct Requests<'a> {
+    pub memory: &'a GuestMemory,
+    queue: &'a mut Queue,
+    interrupt: &'a Interrupt,
+    gate: &'a Gate,
+    /// How many requests may be served before somebody else has a turn.
+    left: u16,
+}
+
+impl<'a> Requests<'a> {
+    pub fn new(
+        memory: &'a GuestMemory,
+        queue: &'a mut Queue,
+        interrupt: &'a Interrupt,
+        gate: &'a Gate,
+    ) -> Self {
+        let left = queue.size();
+        Requests {
+            memory,
+            queue,
+            interrupt,
+            gate,
+            left,
+        }
+    }
+
+    /// The next request. None when there are no more, when the machine is to stand still, or when this queue has had
+    /// its share; what is left then waits in the ring (see [`more`](Self::more)).
+    pub fn next(&mut self) -> Result<Option<Chain>, Broken> {
+        loop {
+            if self.left == 0 || !self.gate.is_open() {
+                return Ok(None);
+            }
+            self.queue.disable_notification(self.memory)?;
+            let limit = self.queue.size();
+            if let Some(chain) = self.queue.iter(self.memory)?.next() {
+                self.left -= 1;
+                return Chain::check(chain, self.memory, limit).map(Some);
+            }
+            // The driver may have added one just before it was asked to kick again.
+            if !self.queue.enable_notification(self.memory)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Gives a request back to the driver, with the number of bytes written to it.
+    pub fn complete(&mut self, chain: &Chain, written: u32) -> Result<(), Broken> {
+        self.queue.add_used(self.memory, chain.head(), written)?;
+        if self.queue.needs_notification(self.memory)? {
+            self.interrupt.used();
+        }
+        Ok(())
+    }
+
+    /// Whether the queue has had its share and may hold more.
+    pub fn more(&self) -> bool {
+        self.left == 0
+    }
+}
+
+/// A queue in the stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedQueue {
+    size: u16,
+    ready: bool,
+    next_avail: u16,
+    next_used: u16,
+    desc_table: u64,
+    avail_ring: u64,
+    used_ring: u64,
+}
+
+impl SavedQueue {
+    pub fn save(queue: &Queue) -> Self {
+        let state = queue.state();
+        SavedQueue {
+            size: state.size,
+            ready: state.ready,
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+            desc_table: state.desc_table,
+            avail_ring: state.avail_ring,
+            used_ring: state.used_ring,
+        }
+    }
+
+    /// The queue again, if it is one that a driver can set up.
+    pub fn restore(
+        &self,
+        max_size: u16,
+        event_idx: bool,
+        memory: &GuestMemory,
+    ) -> Result<Queue, MachineError> {
+        let state = QueueState {
+            max_size,
+            next_avail: self.next_avail,
+            next_used: self.next_used,
+            event_idx_enabled: event_idx,
+            size: self.size,
+            ready: self.ready,
+            desc_table: self.desc_table,
+            avail_ring: self.avail_ring,
+            used_ring: self.used_ring,
+        };
+        let refuse = |why: String| MachineError::Misfit(format!("a queue cannot be: {why}"));
+        let queue = Queue::try_from(state).map_err(|e| refuse(e.to_string()))?;
+        if queue.ready() && !queue.is_valid(memory) {
+            return Err(refuse("its rings are not in RAM".into()));
+        }
+        Ok(queue)
+    }
+}

@@ -1,0 +1,152 @@
+//! A virtio-mmio slot: a transport with what KVM and the device's thread hold of it.
+
+use std::sync::{Mutex, MutexGuard};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use virtio_bindings::virtio_mmio as reg;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::queue::Interrupt;
+use super::transport::{After, SavedTransport, Transport};
+use super::{Kicks, Kind, VirtioDevice, event, signal};
+use crate::devices::{MmioDevice, WriteEffect};
+use crate::error::{Attempt, MachineError};
+use crate::layout::{virtio_irq, virtio_slot};
+use crate::memory::GuestMemory;
+use crate::vcpu::Gate;
+
+/// Where the device's configuration begins.
+const CONFIG: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
+
+/// A slot with a device in it.
+pub(crate) struct Slot {
+    kind: Kind,
+    transport: Mutex<Transport>,
+    interrupt: Interrupt,
+    kicks: Kicks,
+    /// Has the device's thread look around.
+    bell: EventFd,
+}
+
+impl Slot {
+    /// Puts a device into a slot. `kicks` has an event for each of its queues.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        kicks: Kicks,
+        memory: GuestMemory,
+    ) -> Result<Self, MachineError> {
+        let transport = Transport::new(device, memory);
+        Ok(Slot {
+            kind: transport.kind(),
+            transport: Mutex::new(transport),
+            interrupt: Interrupt::new()?,
+            kicks,
+            bell: event()?,
+        })
+    }
+
+    /// Has KVM signal the queues' events when slot `number` is notified, and listen to the slot's interrupt.
+    pub fn connect(&self, vm: &VmFd, number: u32) -> Result<(), MachineError> {
+        let notify = virtio_slot(number) + u64::from(reg::VIRTIO_MMIO_QUEUE_NOTIFY);
+        for (queue, kick) in self.kicks.all().iter().enumerate() {
+            vm.register_ioevent(kick, &IoEventAddress::Mmio(notify), queue as u32)
+                .attempt("connect a virtio queue's notifications")?;
+        }
+        vm.register_irqfd(self.interrupt.event(), virtio_irq(number))
+            .attempt("connect a virtio device's interrupt")
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub fn bell(&self) -> &EventFd {
+        &self.bell
+    }
+
+    pub fn kicks(&self) -> &Kicks {
+        &self.kicks
+    }
+
+    pub fn transport(&self) -> MutexGuard<'_, Transport> {
+        self.transport.lock().expect("a device does not panic")
+    }
+
+    /// Has the device's thread look at all queues.
+    pub fn kick_all(&self) {
+        for kick in self.kicks.all() {
+            signal(kick);
+        }
+    }
+
+    /// Serves one queue's share. Called by the device's thread.
+    pub fn serve(&self, queue: usize, gate: &Gate) {
+        if self.transport().serve(queue, &self.interrupt, gate) {
+            signal(&self.kicks.all()[queue]);
+        }
+    }
+
+    /// As at power-on.
+    pub fn reset(&self) {
+        self.transport().reset(&self.interrupt);
+    }
+
+    pub fn save(&self) -> SavedTransport {
+        self.transport().save(&self.interrupt)
+    }
+
+    pub fn load(&self, saved: &SavedTransport) -> Result<(), MachineError> {
+        self.transport().load(saved, &self.interrupt)
+    }
+
+    fn write_register(&self, register: u32, value: u32) {
+        match register {
+            // KVM takes nearly all of these away before they come here.
+            reg::VIRTIO_MMIO_QUEUE_NOTIFY => {
+                if let Some(kick) = self.kicks.all().get(value as usize) {
+                    signal(kick);
+                }
+            }
+            reg::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            _ => match self.transport().write(register, value, &self.interrupt) {
+                After::Nothing => {}
+                After::Start => self.kick_all(),
+            },
+        }
+    }
+}
+
+impl MmioDevice for Slot {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            let config = self.transport().config();
+            let there = config.get(offset as usize..).unwrap_or_default();
+            let len = data.len().min(there.len());
+            data[..len].copy_from_slice(&there[..len]);
+            return;
+        }
+        let register = offset as u32;
+        if data.len() != 4 || !register.is_multiple_of(4) {
+            tracing::debug!(register, len = data.len(), "registers have 32 bits");
+            return;
+        }
+        let value = match register {
+            // At every interrupt: a device that is busy must not delay it.
+            reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
+            _ => self.transport().read(register),
+        };
+        data.copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> WriteEffect {
+        match <[u8; 4]>::try_from(data) {
+            Ok(value) if offset < CONFIG && offset.is_multiple_of(4) => {
+                self.write_register(offset as u32, u32::from_le_bytes(value));
+            }
+            // No device here has configuration that a driver may write.
+            _ => tracing::debug!(offset, ?data, "write to no virtio register"),
+        }
+        WriteEffect::Nothing
+    }
+}

@@ -1,0 +1,206 @@
+//! The devices of a machine and their threads.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use kvm_ioctls::VmFd;
+
+use super::console::InputGate;
+use super::slot::Slot;
+use super::{Block, Console, Disk, Kicks, Kind, Rng, VirtioDevice, signal};
+use crate::config::MachineConfig;
+use crate::devices::{BackendEvents, MmioRange};
+use crate::error::MachineError;
+use crate::layout::{VIRTIO_MMIO_SLOT, virtio_slot};
+use crate::memory::GuestMemory;
+use crate::state::virtio::DeviceDescription;
+use crate::vcpu::{Gate, Pass, Wanted};
+
+/// All virtio devices of a machine, by slot, each with its thread. Dropping it ends the threads.
+pub(crate) struct Devices {
+    slots: Vec<Arc<Slot>>,
+    disks: Vec<Arc<Disk>>,
+    console: Option<InputGate>,
+    gate: Arc<Gate>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Devices {
+    /// Builds the devices that `config` asks for and starts their threads, which wait for [`go`](Self::go).
+    /// `events` learns what the user of the console's back end does.
+    pub fn new(
+        config: &MachineConfig,
+        memory: &GuestMemory,
+        events: BackendEvents,
+    ) -> Result<Self, MachineError> {
+        let mut slots = Vec::new();
+        let mut disks = Vec::new();
+        let mut add = |device: Box<dyn VirtioDevice>, kicks| {
+            let slot = Slot::new(device, kicks, memory.clone())?;
+            slots.push(Arc::new(slot));
+            Ok::<_, MachineError>(())
+        };
+        for (disk, id) in config.disks.iter().zip(config.disk_ids()) {
+            let disk = Arc::new(Disk::open(disk, id)?);
+            add(
+                Box::new(Block::new(disk.clone())),
+                Kicks::new(Block::QUEUES)?,
+            )?;
+            disks.push(disk);
+        }
+        let mut console = None;
+        if let Some(port) = &config.console {
+            let kicks = Kicks::new(Console::QUEUES)?;
+            let (device, input) = Console::new(port, &kicks, events)?;
+            add(Box::new(device), kicks)?;
+            console = Some(input);
+        }
+        if config.rng {
+            add(Box::new(Rng), Kicks::new(Rng::QUEUES)?)?;
+        }
+        let gate = Arc::new(Gate::new(slots.len()));
+        let mut devices = Devices {
+            slots,
+            disks,
+            console,
+            gate,
+            threads: Vec::new(),
+        };
+        for (number, slot) in devices.slots.iter().enumerate() {
+            let name = format!("{} {number}", slot.kind().name());
+            let (slot, gate) = (slot.clone(), devices.gate.clone());
+            let thread = thread::Builder::new()
+                .name(name.clone())
+                .spawn(move || run(&slot, &gate))
+                .map_err(|source| MachineError::Os {
+                    action: format!("start the thread of device {name}"),
+                    source,
+                })?;
+            devices.threads.push(thread);
+        }
+        devices.wait_until_held();
+        Ok(devices)
+    }
+
+    /// Connects every slot with KVM.
+    pub fn connect(&self, vm: &VmFd) -> Result<(), MachineError> {
+        (0..)
+            .zip(&self.slots)
+            .try_for_each(|(number, slot)| slot.connect(vm, number))
+    }
+
+    /// Where the slots' registers are.
+    pub fn ranges(&self) -> impl Iterator<Item = MmioRange> {
+        (0..).zip(&self.slots).map(|(number, slot)| MmioRange {
+            start: virtio_slot(number),
+            len: VIRTIO_MMIO_SLOT,
+            device: slot.clone(),
+        })
+    }
+
+    /// The devices, as far as the guest can tell.
+    pub fn describe(&self) -> Vec<DeviceDescription> {
+        let mut disks = self.disks.iter();
+        let describe = |slot: &Arc<Slot>| match slot.kind() {
+            Kind::Block => {
+                let disk = disks.next().expect("every block device has a disk");
+                DeviceDescription::Block {
+                    id: disk.id().to_owned(),
+                    sectors: disk.sectors(),
+                    access: disk.access(),
+                }
+            }
+            Kind::Console => DeviceDescription::Console,
+            Kind::Rng => DeviceDescription::Rng,
+        };
+        self.slots.iter().map(describe).collect()
+    }
+
+    /// The disks, in their order.
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.disks
+    }
+
+    /// The devices, by slot.
+    pub fn slots(&self) -> &[Arc<Slot>] {
+        &self.slots
+    }
+
+    /// Lets the devices serve their queues.
+    pub fn go(&self) {
+        self.gate.set(Wanted::Run);
+        // A notification may have been made elsewhere, or been left unserved when the devices were held.
+        for slot in &self.slots {
+            slot.kick_all();
+        }
+        if let Some(console) = &self.console {
+            console.accept_input(true);
+        }
+    }
+
+    /// Asks the devices to come to a stand; each finishes at most the request it is at.
+    pub fn ask_to_hold(&self) {
+        if let Some(console) = &self.console {
+            console.accept_input(false);
+        }
+        self.gate.set(Wanted::Hold);
+        self.ring();
+    }
+
+    /// Waits until every device that was asked to stands still: nothing is in flight, and none of them touches
+    /// guest memory.
+    pub fn wait_until_held(&self) {
+        self.gate.wait_until_held();
+    }
+
+    fn ring(&self) {
+        for slot in &self.slots {
+            signal(slot.bell());
+        }
+    }
+}
+
+impl Drop for Devices {
+    fn drop(&mut self) {
+        self.gate.set(Wanted::Quit);
+        self.ring();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("the thread of a virtio device has panicked");
+            }
+        }
+    }
+}
+
+/// The life of a device's thread.
+fn run(slot: &Slot, gate: &Gate) {
+    let kicks = slot.kicks().all();
+    let entry = |fd: i32| libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut fds = vec![entry(slot.bell().as_raw_fd())];
+    fds.extend(kicks.iter().map(|kick| entry(kick.as_raw_fd())));
+    while gate.pass(|| {}) == Pass::Run {
+        // SAFETY: `fds` is an array of that many entries, which poll fills in.
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        if ready < 0 {
+            let error = io::Error::last_os_error();
+            tracing::debug!(%error, "a device's wait was interrupted");
+            continue;
+        }
+        if fds[0].revents != 0 {
+            // Never blocks; the counter's value means nothing.
+            let _ = slot.bell().read();
+        }
+        for (queue, kick) in kicks.iter().enumerate() {
+            if fds[queue + 1].revents != 0 {
+                let _ = kick.read();
+                slot.serve(queue, gate);
+            }
+        }
+    }
+}
