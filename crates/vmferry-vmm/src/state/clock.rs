@@ -6,6 +6,10 @@
 //!
 //! The counters of all vCPUs are set through KVM's TSC offsets, computed from one reading: counters that agreed
 //! before agree exactly afterwards, and KVM goes on telling the guest that its clock is stable.
+//!
+//! Counters and kvmclock also keep their relation to each other: Linux uses one as the watchdog of the other, and
+//! gives up a counter that is 100 microseconds off. So they are read as of one moment, and kvmclock is set
+//! first and the counters are put where they belong beside it.
 
 use std::ptr;
 use std::time::Duration;
@@ -50,12 +54,11 @@ impl ClockState {
         vcpus: impl Iterator<Item = &'a VcpuFd> + Clone,
     ) -> Result<Self, MachineError> {
         let first = vcpus.clone().next().expect("a machine has a vCPU");
-        let kvmclock = vm.get_clock().attempt("read the guest's clock")?.clock;
-        let tsc = tsc(first)?;
+        let moment = Moment::now(vm, first)?;
         let offsets = vcpus.map(tsc_offset).collect::<Result<Vec<_>, _>>()?;
         Ok(ClockState {
-            kvmclock,
-            tsc,
+            kvmclock: moment.kvmclock,
+            tsc: moment.tsc,
             ahead: offsets.iter().map(|o| o.wrapping_sub(offsets[0])).collect(),
             tsc_khz: first.get_tsc_khz().attempt("read a vCPU's TSC frequency")?,
         })
@@ -96,21 +99,57 @@ impl ClockState {
         vcpus: impl Iterator<Item = &'a VcpuFd> + Clone,
     ) -> Result<(), MachineError> {
         let first = vcpus.clone().next().expect("a machine has a vCPU");
-        let ticks = later.as_nanos() * u128::from(self.tsc_khz) / 1_000_000;
-        let wanted = self.tsc.wrapping_add(ticks as u64);
-        let offset = tsc_offset(first)?;
-        // What the counter shows now with the present offset: the difference to what is wanted is also the
-        // difference between the offsets, whatever factor KVM scales the host's counter by.
-        let offset = offset.wrapping_add(wanted.wrapping_sub(tsc(first)?));
-        for (vcpu, ahead) in vcpus.zip(&self.ahead) {
-            set_tsc_offset(vcpu, offset.wrapping_add(*ahead))?;
-        }
         vm.set_clock(&kvm_clock_data {
             clock: self.kvmclock.saturating_add(later.as_nanos() as u64),
             ..Default::default()
         })
-        .attempt("set the guest's clock")
+        .attempt("set the guest's clock")?;
+        let now = Moment::now(vm, first)?;
+        let elapsed = now.kvmclock.wrapping_sub(self.kvmclock);
+        let ticks = u128::from(elapsed) * u128::from(self.tsc_khz) / 1_000_000;
+        let wanted = self.tsc.wrapping_add(ticks as u64);
+        // The difference between what the counter shows with the present offset and what is wanted is also the
+        // difference between the offsets, whatever factor KVM scales the host's counter by.
+        let offset = tsc_offset(first)?.wrapping_add(wanted.wrapping_sub(now.tsc));
+        for (vcpu, ahead) in vcpus.zip(&self.ahead) {
+            set_tsc_offset(vcpu, offset.wrapping_add(*ahead))?;
+        }
+        Ok(())
     }
+}
+
+/// Both clocks at one moment, as well as it can be known from outside: one is read between two readings of the other.
+struct Moment {
+    kvmclock: u64,
+    tsc: u64,
+}
+
+impl Moment {
+    /// How often it is tried. Something may come between two readings, hardly between all of them.
+    const TRIES: usize = 8;
+
+    /// Reads the clocks; the closest of several readings counts.
+    fn now(vm: &VmFd, vcpu: &VcpuFd) -> Result<Self, MachineError> {
+        let mut closest: Option<(u64, Moment)> = None;
+        let mut before = kvmclock(vm)?;
+        for _ in 0..Self::TRIES {
+            let tsc = tsc(vcpu)?;
+            let after = kvmclock(vm)?;
+            let apart = after.saturating_sub(before);
+            if closest.as_ref().is_none_or(|(least, _)| apart < *least) {
+                let kvmclock = before + apart / 2;
+                closest = Some((apart, Moment { kvmclock, tsc }));
+            }
+            before = after;
+        }
+        let (_, moment) = closest.expect("it was tried");
+        Ok(moment)
+    }
+}
+
+fn kvmclock(vm: &VmFd) -> Result<u64, MachineError> {
+    let clock = vm.get_clock().attempt("read the guest's clock")?;
+    Ok(clock.clock)
 }
 
 fn tsc(vcpu: &VcpuFd) -> Result<u64, MachineError> {
