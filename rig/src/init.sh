@@ -9,7 +9,6 @@ mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /dev/shm
 mount -t devpts pts /dev/pts
 mount -t tmpfs shm /dev/shm
-mount -t tmpfs tmp /tmp
 for module in /modules/*; do insmod "$module"; done
 ip link set lo up
 
