@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_SREGS2, KVM_CAP_VCPU_ATTRIBUTES, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
-    kvm_cpuid_entry2, kvm_pit_config, kvm_xsave,
+    KVM_CAP_SREGS2, KVM_CAP_VCPU_ATTRIBUTES, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irqchip, kvm_pit_config,
+    kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
@@ -32,6 +33,23 @@ pub(crate) struct Features {
     pub sregs2: bool,
     /// Whether guests can have a TSC frequency that is not the host's.
     pub tsc_scaling: bool,
+}
+
+/// Has both PICs keep quiet until a kernel sets them up, as firmware does. KVM's local APICs pass their interrupts on
+/// from power-on, with vectors of exceptions, and a kernel on reduced hardware never touches them.
+fn mask_pics(vm: &VmFd) -> Result<(), MachineError> {
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        vm.get_irqchip(&mut chip)
+            .attempt("read an interrupt controller")?;
+        chip.chip.pic.imr = 0xff;
+        vm.set_irqchip(&chip)
+            .attempt("mask an interrupt controller")?;
+    }
+    Ok(())
 }
 
 impl Hypervisor {
@@ -64,6 +82,7 @@ impl Hypervisor {
             .attempt("place the task state")?;
         vm.create_irq_chip()
             .attempt("create the interrupt controllers")?;
+        mask_pics(&vm)?;
         vm.create_pit2(kvm_pit_config {
             flags: KVM_PIT_SPEAKER_DUMMY,
             ..Default::default()

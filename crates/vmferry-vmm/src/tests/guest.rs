@@ -25,6 +25,16 @@ pub(super) const PVCLOCK: u64 = 0xa000;
 pub(super) const RESET: u8 = 1;
 pub(super) const TRIPLE_FAULT: u8 = 2;
 pub(super) const UNKNOWN_IO: u8 = 3;
+/// Sleep, type 5.
+pub(super) const POWER_OFF: u8 = 4;
+/// Write to the reset register that ACPI names.
+pub(super) const ACPI_RESET: u8 = 5;
+/// Notify queue 0 of the first virtio slot.
+pub(super) const NOTIFY: u8 = 6;
+/// Read the event selector, and put what it says at [`SELECTOR`].
+pub(super) const READ_SELECTOR: u8 = 7;
+/// The event selector, as last read.
+pub(super) const SELECTOR: u64 = 0xb070;
 
 const LOAD: u64 = 0x10_0000;
 
@@ -90,6 +100,14 @@ global_asm!(
     "  je 8f",
     "  cmp $3, %cl",
     "  je 9f",
+    "  cmp $4, %cl",
+    "  je power_off",
+    "  cmp $5, %cl",
+    "  je acpi_reset",
+    "  cmp $6, %cl",
+    "  je notify",
+    "  cmp $7, %cl",
+    "  je read_selector",
     "1: dec %ebp",
     "  jnz 4b",
     // The next digit, after the next tick.
@@ -122,6 +140,25 @@ global_asm!(
     "  mov 0xd0000000, %eax",
     "  mov %eax, 0xd0000000",
     "  mov %eax, 0xb064",
+    "  jmp 1b",
+    "power_off:",
+    "  movb $0x34, 0xfea00200",
+    // What a CPU that was switched off must never come to.
+    "  movb $33, %al",
+    "  mov $0x3f8, %dx",
+    "  out %al, %dx",
+    "  jmp power_off",
+    "acpi_reset:",
+    "  movb $0x42, 0xfea00202",
+    "  jmp acpi_reset",
+    "notify:",
+    "  movb $0, 0xb030",
+    "  movl $0, 0xfeb00050",
+    "  jmp 1b",
+    "read_selector:",
+    "  movb $0, 0xb030",
+    "  mov 0xfea00000, %eax",
+    "  mov %eax, 0xb070",
     "  jmp 1b",
     "tick:",
     "  pusha",

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::{Backing, DirtyLogChoice, Machine, MachineConfig, MachineEvent, OnReset, SerialConfig};
 
+mod devices;
 mod dirty_log;
 mod guest;
 mod life;
