@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use vmferry_dirty::{ArmingChunk, Batch, Cursor, DirtyTracker, Discipline, PAGE_SIZE, PageIndex};
-use vmferry_engine::seam::Guest;
+use vmferry_engine::seam::{Guest, GuestLog};
 use vmferry_vmm::{
     Backing, DirtyLogChoice, KernelSource, Machine, MachineConfig, OnReset, SerialConfig,
 };
@@ -93,7 +93,8 @@ pub fn measure(cell: &Cell, interrupt: &Interrupt) -> anyhow::Result<Cost> {
     interrupt.wait::<()>(cell.time, || Ok(None))?;
     let rate_before = Window::new(&serial, before)?.rate;
 
-    let (log, sizes) = (machine.dirty_log(), [machine.ram()[0].pages()]);
+    let log = Arc::new(GuestLog::new(machine.clone()));
+    let sizes = [machine.ram()[0].pages()];
     let begin = Instant::now();
     let tracker = DirtyTracker::start(log, &sizes, Discipline::default(), cell.chunk)?;
     let start = millis(begin.elapsed());
@@ -156,10 +157,7 @@ fn start(cell: &Cell, socket: &Path) -> anyhow::Result<Arc<Machine>> {
 }
 
 /// Takes every dirty page and shows it to `read`. Returns how long arming took.
-fn take_all(
-    tracker: &DirtyTracker<'_>,
-    mut read: impl FnMut(PageIndex),
-) -> anyhow::Result<Duration> {
+fn take_all(tracker: &DirtyTracker, mut read: impl FnMut(PageIndex)) -> anyhow::Result<Duration> {
     let (mut cursor, mut batch) = (Cursor::default(), Batch::new());
     let mut slice = tracker.slice(&mut cursor);
     while slice.next_batch(&mut batch, usize::MAX)? {

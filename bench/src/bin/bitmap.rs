@@ -64,13 +64,14 @@ fn main() -> ExitCode {
         merges(gib, runs);
     }
     if let [first, .., last] = &clean[..] {
-        let growth = last / first;
+        let growth = |of: fn(&Clean) -> f64| of(last) / of(first);
+        let (drain, reading) = (growth(|clean| clean.drain), growth(|clean| clean.reading));
         targets.push(Target {
-            promise:
-                "the cost of a clean gigabyte is the same up to the largest guest (1.5 at most)"
-                    .to_owned(),
-            measured: format!("{growth:.2}"),
-            kept: growth <= 1.5,
+            promise: "from the smallest guest to the largest, a clean gigabyte costs no more, but for what reading it \
+                      costs more outside of the caches (1.2 times that at most)"
+                .to_owned(),
+            measured: format!("{drain:.2} times, reading {reading:.2} times"),
+            kept: drain <= 1.2 * reading.max(1.0),
         });
     }
     if options.hint_seconds > 0 {
@@ -175,8 +176,14 @@ fn drains(gib: u64, runs: u32, targets: &mut Vec<Target>) {
     }
 }
 
-/// Draining a clean bitmap against reading it; nanoseconds a gigabyte of guest.
-fn clean_drain(gib: u64, runs: u32, targets: &mut Vec<Target>) -> f64 {
+/// What a clean bitmap costs, in nanoseconds a gigabyte of guest.
+struct Clean {
+    drain: f64,
+    reading: f64,
+}
+
+/// Draining a clean bitmap against reading it.
+fn clean_drain(gib: u64, runs: u32, targets: &mut Vec<Target>) -> Clean {
     let mut bitmap = LOCK_FREE.bitmap(words(gib));
     let plain = vec![1u64; words(gib)];
     // Memory that nobody has written to is one and the same page of zeros, over and over.
@@ -211,7 +218,10 @@ fn clean_drain(gib: u64, runs: u32, targets: &mut Vec<Target>) -> f64 {
         measured: format!("{:.0} %", share.median * 100.0),
         kept: share.median >= 0.8,
     });
-    drain.median
+    Clean {
+        drain: drain.median,
+        reading: limit.median,
+    }
 }
 
 /// Merging a fetched log.

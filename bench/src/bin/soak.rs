@@ -200,11 +200,11 @@ fn main() -> ExitCode {
 
 /// A guest under load is copied while hints flow; then it stops, and the copy is compared.
 fn migration(discipline: Discipline, seed: u64, all: &mut Tally) {
-    let guest = Guest::new();
+    let guest = Arc::new(Guest::new());
     // Small chunks, so that there are many to arm.
     let chunk = ArmingChunk::from_bytes(1 << 20);
-    let tracker =
-        DirtyTracker::start(&guest, &[PAGES], discipline, chunk).expect("this log never fails");
+    let tracker = DirtyTracker::start(guest.clone(), &[PAGES], discipline, chunk)
+        .expect("this log never fails");
     let over = AtomicBool::new(false);
     let round = Mutex::new(None);
     let mut copy = vec![0; PAGES];
@@ -263,7 +263,7 @@ fn write(guest: &Guest, writer: u64, seed: u64, over: &AtomicBool) -> u64 {
 /// round than the one they are of.
 fn balloon(
     guest: &Guest,
-    tracker: &DirtyTracker<'_>,
+    tracker: &DirtyTracker,
     round: &Mutex<Option<HintRound>>,
     seed: u64,
     over: &AtomicBool,
@@ -314,7 +314,7 @@ fn balloon(
 /// Copies every dirty page. With `whims`, in slices and batches of all lengths, and now and then what was taken is not
 /// sent but given back.
 fn pass(
-    tracker: &DirtyTracker<'_>,
+    tracker: &DirtyTracker,
     guest: &Guest,
     copy: &mut [u64],
     mut whims: Option<&mut fastrand::Rng>,

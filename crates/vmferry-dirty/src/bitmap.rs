@@ -90,11 +90,12 @@ impl DirtyBitmap {
     /// Index of the first word at or after `word` that is not zero; one past the last if there is none.
     #[inline]
     pub(crate) fn skip_clean(&self, word: usize) -> usize {
-        // A cache line at a time: loads of atomics are not vectorised, but eight of them and one branch
-        // keep up with memory.
+        // A cache line at a time: loads of atomics are not vectorised, but eight of them, one branch, and memory
+        // that is fetched ahead are as fast as a loop with vectors.
         const LINE: usize = 8;
         let mut at = word;
         while let Some(line) = self.words.get(at..at + LINE) {
+            prefetch(self.words.as_ptr().wrapping_add(at + PREFETCH_WORDS));
             let line: [u64; LINE] = std::array::from_fn(|i| line[i].load(Ordering::Relaxed));
             if line.iter().fold(0, |or, word| or | word) != 0 {
                 // Which one, without a branch for each: nobody could foretell it.
@@ -154,4 +155,20 @@ impl DirtyBitmap {
         });
         gone
     }
+}
+
+/// How far ahead of a scan the processor is told to fetch: 4 KiB. Its own prefetchers stop at the end of each page.
+const PREFETCH_WORDS: usize = 512;
+
+/// Has the processor fetch what is at `address`, which may be anywhere, beyond the bitmap as well.
+#[inline]
+fn prefetch(address: *const AtomicU64) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every x86-64 processor has the instruction, and it never faults, whatever the address is.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }

@@ -16,7 +16,7 @@ use crate::words::for_each_mask;
 ///
 /// [`dirty_pages`](Self::dirty_pages) equals the number of set bits whenever no operation is under way and no
 /// slice is open (law 2). While a slice is open it may be too high, by at most the pages that the slice has
-/// taken since it last published its count and those it holds ready.
+/// taken since it last published its count, [`PUBLISH_INTERVAL`](crate::PUBLISH_INTERVAL).
 pub struct DirtySet {
     blocks: Vec<DirtyBitmap>,
     discipline: Discipline,

@@ -8,9 +8,12 @@ use crate::sync::{MutexGuard, unlock_fair};
 use crate::units::{BlockIndex, PageRange};
 use crate::words::{WORD_BITS, mask};
 
-/// Pages that an open slice takes before it brings the published count up to date: often enough for a
-/// progress display, seldom enough to cost nothing (one atomic addition in 4096 pages).
+/// An open slice brings the published count up to date before it has taken more pages than this: often enough for
+/// a progress display, seldom enough to cost nothing (one atomic addition in some 4000 pages).
 pub const PUBLISH_INTERVAL: u64 = 4096;
+
+/// What is taken until it is published; what one step takes beyond that stays within the interval.
+const PUBLISH_AT: i64 = PUBLISH_INTERVAL as i64 - (Batch::MAX_PAGES + WORD_BITS) as i64;
 
 /// Where the migration thread's scan of the bitmaps stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -203,6 +206,7 @@ impl<'a> Slice<'a> {
             }
             self.scan.next += 1;
             self.scan.held = self.take(word, u64::MAX);
+            self.publish_if_due();
             if self.scan.held & 1 == 0 {
                 break; // a hint was faster
             }
@@ -293,7 +297,7 @@ impl<'a> Slice<'a> {
     }
 
     fn publish_if_due(&mut self) {
-        if self.unpublished >= PUBLISH_INTERVAL as i64 {
+        if self.unpublished >= PUBLISH_AT {
             self.publish();
         }
     }

@@ -1,5 +1,6 @@
 //! Dirty tracking of a running migration: the bitmaps, the log that feeds them, and the order of laws 3 and 4.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::arming::{ArmingChunk, BlockArming};
@@ -26,8 +27,8 @@ use crate::units::{BlockIndex, PageRange};
 ///   [`HintRound`] that was open, and a hint of a round that is over changes nothing;
 /// - not before the page is armed: the write would be in the log already, as one that the guest made before its
 ///   hint, and arming would forget it.
-pub struct DirtyTracker<'g> {
-    log: &'g dyn DirtyLog,
+pub struct DirtyTracker {
+    log: Arc<dyn DirtyLog>,
     set: DirtySet,
     arming: Vec<BlockArming>,
     /// The round that hints may be of. A hint holds it for reading while it changes something.
@@ -47,10 +48,10 @@ struct Hints {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HintRound(u64);
 
-impl<'g> DirtyTracker<'g> {
+impl DirtyTracker {
     /// Switches `log` on, with every page of every block dirty. `block_pages` holds the blocks' sizes.
     pub fn start(
-        log: &'g dyn DirtyLog,
+        log: Arc<dyn DirtyLog>,
         block_pages: &[usize],
         discipline: Discipline,
         chunk: ArmingChunk,
@@ -68,7 +69,7 @@ impl<'g> DirtyTracker<'g> {
                 last: HintRound(0),
             }),
         };
-        log.start()?;
+        tracker.log.start()?;
         tracker.set.mark_all();
         // A log may begin with every page reported as written. Unless this is fetched now, nothing of it
         // gets armed in the first pass, and all of memory is sent twice.
@@ -91,7 +92,7 @@ impl<'g> DirtyTracker<'g> {
         let mut new = 0;
         for (block, arming) in self.arming.iter().enumerate() {
             let merge = |words: &[u64]| self.set.merge_held(BlockIndex(block), words);
-            new += arming.fetch(self.log, merge)?;
+            new += arming.fetch(&*self.log, merge)?;
         }
         Ok(new)
     }
@@ -121,7 +122,7 @@ impl<'g> DirtyTracker<'g> {
         if !hints.open || hints.last != round {
             return Ok(0);
         }
-        arming.arm(self.log, range)?;
+        arming.arm(&*self.log, range)?;
         Ok(self.set.clear_held(block, range))
     }
 
@@ -140,7 +141,7 @@ impl<'g> DirtyTracker<'g> {
     }
 }
 
-impl Drop for DirtyTracker<'_> {
+impl Drop for DirtyTracker {
     fn drop(&mut self) {
         if let Err(e) = self.log.stop() {
             // The guest only runs a little slower with a log left on.
@@ -152,7 +153,7 @@ impl Drop for DirtyTracker<'_> {
 /// A [`Slice`] that arms the log for the pages it hands out.
 pub struct TrackedSlice<'a> {
     slice: Slice<'a>,
-    tracker: &'a DirtyTracker<'a>,
+    tracker: &'a DirtyTracker,
     arming_time: Duration,
 }
 
@@ -189,7 +190,7 @@ impl TrackedSlice<'_> {
         for &run in runs {
             if arming.is_pending(run) {
                 let start = Instant::now();
-                arming.arm(self.tracker.log, run)?;
+                arming.arm(&*self.tracker.log, run)?;
                 self.arming_time += start.elapsed();
             }
         }

@@ -242,29 +242,33 @@ impl DirtyLog for Guest {
     }
 }
 
-/// A migration of the two pages under way, in its first round of hints. Leaked, as loom's threads borrow nothing; it is
-/// small.
+/// A migration of the two pages under way, in its first round of hints.
+#[derive(Clone)]
 struct Migration {
-    guest: &'static Guest,
-    tracker: &'static DirtyTracker<'static>,
+    guest: std::sync::Arc<Guest>,
+    tracker: std::sync::Arc<DirtyTracker>,
     round: HintRound,
 }
 
 impl Migration {
     fn start(discipline: Discipline) -> Self {
-        let guest: &'static Guest = Box::leak(Box::new(Guest {
+        let guest = std::sync::Arc::new(Guest {
             log: Mutex::new(Log { dirty: 3, armed: 0 }),
             pages: [AtomicU64::new(0), AtomicU64::new(0)],
-        }));
+        });
         let chunk = ArmingChunk::default();
-        let tracker = DirtyTracker::start(guest, &[2], discipline, chunk).unwrap();
-        let tracker: &'static DirtyTracker<'_> = Box::leak(Box::new(tracker));
+        let tracker = DirtyTracker::start(guest.clone(), &[2], discipline, chunk).unwrap();
         let round = tracker.begin_hints();
         Migration {
             guest,
-            tracker,
+            tracker: tracker.into(),
             round,
         }
+    }
+
+    /// The balloon says that page 0 is free.
+    fn hint(&self) {
+        self.tracker.hint(self.round, BLOCK, range(0, 1)).unwrap();
     }
 
     /// Sends what is dirty.
@@ -303,21 +307,17 @@ fn check_with_three_switches(model: fn(Discipline)) {
 fn a_page_in_use_again_is_not_lost() {
     check_with_three_switches(|discipline| {
         let migration = Migration::start(discipline);
-        let Migration {
-            guest,
-            tracker,
-            round,
-        } = migration;
+        let other = migration.clone();
         let balloon = thread::spawn(move || {
-            tracker.hint(round, BLOCK, range(0, 1)).unwrap();
-            guest.write(0, 1);
+            other.hint();
+            other.guest.write(0, 1);
         });
         let mut sent = [0, 0];
         migration.pass(&mut sent);
-        tracker.sync().unwrap();
+        migration.tracker.sync().unwrap();
         migration.pass(&mut sent);
         balloon.join().unwrap();
-        tracker.sync().unwrap();
+        migration.tracker.sync().unwrap();
         migration.pass(&mut sent);
         migration.check(&sent);
     });
@@ -329,20 +329,14 @@ fn a_page_in_use_again_is_not_lost() {
 fn a_hint_that_comes_late_changes_nothing() {
     check_with_three_switches(|discipline| {
         let migration = Migration::start(discipline);
-        let Migration {
-            guest,
-            tracker,
-            round,
-        } = migration;
-        let balloon = thread::spawn(move || {
-            tracker.hint(round, BLOCK, range(0, 1)).unwrap();
-        });
+        let other = migration.clone();
+        let balloon = thread::spawn(move || other.hint());
         let mut sent = [0, 0];
         migration.pass(&mut sent);
-        tracker.sync().unwrap();
-        guest.write(0, 1);
-        tracker.begin_hints();
-        tracker.sync().unwrap();
+        migration.tracker.sync().unwrap();
+        migration.guest.write(0, 1);
+        migration.tracker.begin_hints();
+        migration.tracker.sync().unwrap();
         migration.pass(&mut sent);
         balloon.join().unwrap();
         migration.check(&sent);

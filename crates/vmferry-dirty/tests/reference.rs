@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use vmferry_dirty::{Batch, BlockIndex, Cursor, DirtySet, Discipline, PageRange, Run, Slice};
+use vmferry_dirty::{
+    Batch, BlockIndex, Cursor, DirtySet, Discipline, PUBLISH_INTERVAL, PageRange, Run, Slice,
+};
 
 const BLOCKS: [usize; 3] = [1, 200, 64 * 5];
 
@@ -265,6 +267,31 @@ fn the_count_is_exact_after_threads_have_raced() {
             "{discipline}"
         );
         assert_eq!(set.dirty_pages() as i64, balance, "{discipline}");
+    }
+}
+
+#[test]
+fn the_published_count_is_never_more_than_an_interval_behind() {
+    const PAGES: usize = 1 << 20;
+    for discipline in Discipline::ALL {
+        for how in [Take::Runs, Take::Batches] {
+            let set = DirtySet::new(&[PAGES], discipline);
+            set.mark_all();
+            let mut cursor = Cursor::default();
+            let mut slice = set.slice(&mut cursor);
+            let mut left = PAGES as u64;
+            for max in (1..2000).step_by(7) {
+                left -= take(&mut slice, how, max)
+                    .iter()
+                    .map(|run| run.pages.len() as u64)
+                    .sum::<u64>();
+                let behind = set.dirty_pages() as i64 - set.bitmap(BlockIndex(0)).count() as i64;
+                let interval = 0..=PUBLISH_INTERVAL as i64;
+                assert!(interval.contains(&behind), "{discipline}: {behind} pages");
+            }
+            drop(slice);
+            assert_eq!(set.dirty_pages(), left, "{discipline}: wrong at rest");
+        }
     }
 }
 

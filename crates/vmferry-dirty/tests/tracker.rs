@@ -1,6 +1,6 @@
 //! Laws 1 and 3: pages are armed before they are handed out, and a write after that shows in the next sync.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use vmferry_dirty::log::LogError;
 use vmferry_dirty::{
@@ -91,9 +91,9 @@ impl DirtyLog for ManualLog {
 #[test]
 fn a_page_is_armed_before_it_is_handed_out_and_a_later_write_is_not_lost() {
     for discipline in Discipline::ALL {
-        let log = ManualLog::new();
+        let log = Arc::new(ManualLog::new());
         let chunk = ArmingChunk::from_bytes(128 * 4096);
-        let tracker = DirtyTracker::start(&log, &[PAGES], discipline, chunk).unwrap();
+        let tracker = DirtyTracker::start(log.clone(), &[PAGES], discipline, chunk).unwrap();
         assert_eq!(tracker.set().dirty_pages(), PAGES as u64);
         for pass in 0..6 {
             let expected = tracker.set().dirty_pages();
@@ -135,7 +135,7 @@ fn a_page_is_armed_before_it_is_handed_out_and_a_later_write_is_not_lost() {
 }
 
 /// Everything that is dirty, taken.
-fn drain(tracker: &DirtyTracker<'_>) -> Vec<usize> {
+fn drain(tracker: &DirtyTracker) -> Vec<usize> {
     let (mut cursor, mut batch) = (Cursor::default(), Batch::new());
     let mut slice = tracker.slice(&mut cursor);
     let mut pages = Vec::new();
@@ -150,9 +150,9 @@ const BLOCK: BlockIndex = BlockIndex(0);
 #[test]
 fn a_hint_arms_its_chunk_before_it_clears() {
     for discipline in Discipline::ALL {
-        let log = ManualLog::new();
+        let log = Arc::new(ManualLog::new());
         let chunk = ArmingChunk::from_bytes(128 * 4096);
-        let tracker = DirtyTracker::start(&log, &[PAGES], discipline, chunk).unwrap();
+        let tracker = DirtyTracker::start(log.clone(), &[PAGES], discipline, chunk).unwrap();
         let round = tracker.begin_hints();
         let hinted = tracker
             .hint(round, BLOCK, PageRange::new(130, 140))
@@ -173,9 +173,9 @@ fn a_hint_arms_its_chunk_before_it_clears() {
 #[test]
 fn a_hint_counts_only_in_its_round_and_inside_the_guest() {
     for discipline in Discipline::ALL {
-        let log = ManualLog::new();
+        let log = Arc::new(ManualLog::new());
         let tracker =
-            DirtyTracker::start(&log, &[PAGES], discipline, ArmingChunk::default()).unwrap();
+            DirtyTracker::start(log.clone(), &[PAGES], discipline, ArmingChunk::default()).unwrap();
         let pages = |start, end| PageRange::new(start, end);
         let first = tracker.begin_hints();
         assert_eq!(tracker.hint(first, BLOCK, pages(0, 3)).unwrap(), 3);
@@ -203,9 +203,9 @@ fn a_hint_counts_only_in_its_round_and_inside_the_guest() {
 #[test]
 fn a_flush_syncs_and_takes_in_one_slice() {
     for discipline in Discipline::ALL {
-        let log = ManualLog::new();
+        let log = Arc::new(ManualLog::new());
         let tracker =
-            DirtyTracker::start(&log, &[PAGES], discipline, ArmingChunk::default()).unwrap();
+            DirtyTracker::start(log.clone(), &[PAGES], discipline, ArmingChunk::default()).unwrap();
         drain(&tracker);
         let round = tracker.begin_hints();
         log.write(77);
@@ -225,9 +225,9 @@ fn a_flush_syncs_and_takes_in_one_slice() {
 
 #[test]
 fn a_chunk_is_armed_once_a_round() {
-    let log = ManualLog::new();
+    let log = Arc::new(ManualLog::new());
     let chunk = ArmingChunk::from_bytes(128 * 4096);
-    let tracker = DirtyTracker::start(&log, &[PAGES], Discipline::LockFree, chunk).unwrap();
+    let tracker = DirtyTracker::start(log.clone(), &[PAGES], Discipline::LockFree, chunk).unwrap();
     let mut cursor = Cursor::default();
     let mut slice = tracker.slice(&mut cursor);
     while slice.next_run(1).unwrap().is_some() {}

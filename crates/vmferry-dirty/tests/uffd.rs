@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -456,8 +457,13 @@ fn a_copy_catches_up_with_a_writer() {
         if !started(&log) {
             return;
         }
-        let tracker =
-            DirtyTracker::start(&log, &[memory.pages], discipline, ArmingChunk::default()).unwrap();
+        let tracker = DirtyTracker::start(
+            Arc::new(log),
+            &[memory.pages],
+            discipline,
+            ArmingChunk::default(),
+        )
+        .unwrap();
         let mut copy = vec![0; memory.pages];
         let mut copied = 0;
         let mut pass = || {

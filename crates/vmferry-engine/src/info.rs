@@ -58,6 +58,9 @@ pub struct RamInfo {
     pub duplicate: u64,
     /// Pages sent as data.
     pub normal: u64,
+    /// Pages that were not sent because the guest said that it does not use them. A page counts each time that it was
+    /// dirty and free.
+    pub hinted: u64,
     /// Pages a second that the guest dirtied, between the last two syncs.
     pub dirty_pages_rate: u64,
     /// Pages a second that were sent, in the last pass.

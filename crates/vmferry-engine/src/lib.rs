@@ -7,6 +7,7 @@ mod cancel;
 pub mod destination;
 pub mod dirty_rate;
 mod error;
+mod hints;
 mod info;
 mod params;
 mod ram;

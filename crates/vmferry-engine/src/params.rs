@@ -17,6 +17,8 @@ pub struct Parameters {
     pub arming_chunk: ArmingChunk,
     /// How long the other side may make no progress before the migration fails. *Live.*
     pub peer_timeout: Duration,
+    /// Ask a guest that can tell for its free pages, and do not send them. Taken when the migration starts.
+    pub free_page_hints: bool,
     /// Stop between pausing the guest and sending the last of it, until the user says go. *Live.*
     pub pause_before_switchover: bool,
 }
@@ -30,6 +32,7 @@ impl Default for Parameters {
             discipline: Discipline::default(),
             arming_chunk: ArmingChunk::default(),
             peer_timeout: Duration::from_secs(10),
+            free_page_hints: true,
             pause_before_switchover: false,
         }
     }

@@ -11,6 +11,7 @@
 //! | `ram`, `describe` | `ram` |
 //! | `dirty_log().start()` | `check_description` |
 //! | `dirty_log().fetch()` / `.arm()`, many times | (RAM is written through [`RamBlock`]) |
+//! | between two fetches: `free_page_hinting().start()` .. `.stop()`; `.done()` in the end | |
 //! | `pause` | |
 //! | `save_devices` | |
 //! | a last `fetch`, `.arm()` | `load_devices` |
@@ -33,10 +34,12 @@
 #![doc = include_str!("../examples/toy.rs")]
 //! ```
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use vmferry_dirty::DirtyLog;
+use vmferry_dirty::{BlockIndex, DirtyLog, LogError, PageRange};
 
+pub use crate::hints::FreePageHints;
 pub use crate::ram::RamBlock;
 pub use vmferry_wire::DeviceState;
 
@@ -62,6 +65,21 @@ pub enum Activity {
     Paused,
 }
 
+/// A balloon by which a guest tells, while it is migrated, which of its pages are free: virtio-balloon's free-page
+/// hinting. Methods are called from the migration thread, and do not wait for the guest.
+pub trait FreePageHinting: Send + Sync {
+    /// Asks the guest, under a new command id. What it answers to this question, and not to an earlier one, goes to
+    /// `hints`, from whichever thread. The dirty log was fetched just now.
+    fn start(&self, hints: FreePageHints);
+
+    /// The dirty log is about to be fetched: the guest is told to stop. What it still answers is of no use.
+    fn stop(&self);
+
+    /// The migration is over, or about to pause the guest: the guest is told to use its pages again. Called once, and
+    /// last.
+    fn done(&self);
+}
+
 /// A virtual machine, as the engine sees it. All methods are called from the engine's migration thread
 /// (`ram` and `dirty_log` from that of a [`crate::dirty_rate`] measurement as well); the VMM goes on serving its
 /// user meanwhile, hence `&self`.
@@ -71,6 +89,11 @@ pub trait Guest: Send + Sync {
 
     /// The log of writes to those blocks.
     fn dirty_log(&self) -> &dyn DirtyLog;
+
+    /// The balloon that the guest tells its free pages to, if there is one and its driver is there.
+    fn free_page_hinting(&self) -> Option<&dyn FreePageHinting> {
+        None
+    }
 
     /// What a destination must look like to take this guest (vCPUs, devices), in the VMM's own encoding.
     /// Sent first, so that a misfit is known before any RAM is copied.
@@ -100,4 +123,40 @@ pub trait Guest: Send + Sync {
     /// than the true downtime, so that its clocks may be moved on by it. With [`Activity::Paused`] the guest
     /// arrives paused, and only becomes its user's to start.
     fn start(&self, activity: Activity, paused_for: Duration) -> Result<(), GuestError>;
+}
+
+/// The dirty log of a guest, together with the guest: for who needs the log for longer than it can borrow the guest.
+pub struct GuestLog(Arc<dyn Guest>);
+
+impl GuestLog {
+    /// The log of `guest`, which stays alive with it.
+    pub fn new(guest: Arc<dyn Guest>) -> Self {
+        GuestLog(guest)
+    }
+}
+
+impl DirtyLog for GuestLog {
+    fn start(&self) -> Result<(), LogError> {
+        self.0.dirty_log().start()
+    }
+
+    fn stop(&self) -> Result<(), LogError> {
+        self.0.dirty_log().stop()
+    }
+
+    fn fetch(&self, block: BlockIndex, into: &mut [u64]) -> Result<(), LogError> {
+        self.0.dirty_log().fetch(block, into)
+    }
+
+    fn needs_arming(&self) -> bool {
+        self.0.dirty_log().needs_arming()
+    }
+
+    fn arm(&self, block: BlockIndex, range: PageRange, pages: &[u64]) -> Result<(), LogError> {
+        self.0.dirty_log().arm(block, range, pages)
+    }
+
+    fn written_per_vcpu(&self) -> Option<Vec<u64>> {
+        self.0.dirty_log().written_per_vcpu()
+    }
 }

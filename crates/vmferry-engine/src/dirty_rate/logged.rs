@@ -1,19 +1,20 @@
 //! Measuring with the dirty log.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmferry_dirty::{ArmingChunk, Cursor, DirtyTracker, Discipline};
 
 use super::{DirtyRateError, Rate, check, per_second, wait};
 use crate::cancel::CancelToken;
-use crate::seam::Guest;
+use crate::seam::{Guest, GuestLog};
 
 /// How often a ring is emptied: often enough that it rarely runs full, and that pages written again count again.
 const HARVEST_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Counts the pages that the guest writes in `time`.
 pub(super) fn by_bitmap(
-    guest: &dyn Guest,
+    guest: &Arc<dyn Guest>,
     time: Duration,
     cancel: &CancelToken,
 ) -> Result<Rate, DirtyRateError> {
@@ -30,7 +31,7 @@ pub(super) fn by_bitmap(
 
 /// Counts the pages that each vCPU writes in `time`, again for each time that the ring was emptied.
 pub(super) fn by_ring(
-    guest: &dyn Guest,
+    guest: &Arc<dyn Guest>,
     time: Duration,
     cancel: &CancelToken,
 ) -> Result<Rate, DirtyRateError> {
@@ -63,16 +64,16 @@ pub(super) fn by_ring(
 
 /// The guest's log, on, and off when dropped.
 struct Tracking<'g> {
-    tracker: DirtyTracker<'g>,
+    tracker: DirtyTracker,
     cancel: &'g CancelToken,
 }
 
 impl<'g> Tracking<'g> {
     /// Switches the log on, with every page armed.
-    fn start(guest: &'g dyn Guest, cancel: &'g CancelToken) -> Result<Self, DirtyRateError> {
+    fn start(guest: &Arc<dyn Guest>, cancel: &'g CancelToken) -> Result<Self, DirtyRateError> {
         let sizes: Vec<usize> = guest.ram().iter().map(|block| block.pages()).collect();
         let tracker = DirtyTracker::start(
-            guest.dirty_log(),
+            Arc::new(GuestLog::new(guest.clone())),
             &sizes,
             Discipline::default(),
             ArmingChunk::default(),

@@ -188,7 +188,7 @@ impl DirtyRate {
             std::thread::Builder::new()
                 .name("dirty-rate".to_owned())
                 .spawn(move || {
-                    let measured = measure(&*guest, method, time, &cancel);
+                    let measured = measure(&guest, method, time, &cancel);
                     outcome
                         .set(measured)
                         .expect("nobody else sets the measurement's outcome");
@@ -237,7 +237,7 @@ impl Drop for DirtyRate {
 }
 
 fn measure(
-    guest: &dyn Guest,
+    guest: &Arc<dyn Guest>,
     method: Method,
     time: Duration,
     cancel: &CancelToken,

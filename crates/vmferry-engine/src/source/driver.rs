@@ -1,5 +1,6 @@
 //! The phases of an outgoing migration, in order.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmferry_dirty::DirtyTracker;
@@ -10,7 +11,8 @@ use super::return_path::ReturnPath;
 use super::shared::Shared;
 use super::writer::{Flushed, StreamWriter};
 use crate::error::MigrationError;
-use crate::seam::{Activity, Guest};
+use crate::hints::{Questions, Tracked};
+use crate::seam::{Activity, Guest, GuestLog};
 use crate::status::Status;
 use crate::transport::{Channel, ChannelKind, Outgoing, TransportError, Uri};
 
@@ -28,7 +30,7 @@ pub(super) enum Hold {
 
 /// One outgoing migration. Each phase is a method; they are called in the order of [`Driver::migrate`].
 pub(super) struct Driver<'a> {
-    pub(super) guest: &'a dyn Guest,
+    pub(super) guest: &'a Arc<dyn Guest>,
     pub(super) shared: &'a Shared,
     pub(super) channel: &'a Channel,
     pub(super) writer: StreamWriter,
@@ -42,7 +44,11 @@ pub(super) struct Driver<'a> {
 
 impl<'a> Driver<'a> {
     /// Runs a migration from the connection to the end, and puts the guest back if it fails.
-    pub(super) fn run(guest: &dyn Guest, uri: &Uri, shared: &Shared) -> Result<(), MigrationError> {
+    pub(super) fn run(
+        guest: &Arc<dyn Guest>,
+        uri: &Uri,
+        shared: &Shared,
+    ) -> Result<(), MigrationError> {
         let result = shared.conclude(Self::connect_and_migrate(guest, uri, shared));
         match &result {
             Ok(()) | Err(MigrationError::Cancelled) => {}
@@ -52,7 +58,7 @@ impl<'a> Driver<'a> {
     }
 
     fn connect_and_migrate(
-        guest: &dyn Guest,
+        guest: &Arc<dyn Guest>,
         uri: &Uri,
         shared: &Shared,
     ) -> Result<(), MigrationError> {
@@ -97,7 +103,7 @@ impl<'a> Driver<'a> {
             .into()),
             (result, _) => result,
         };
-        Self::settle(guest, shared, hold, &result);
+        Self::settle(&**guest, shared, hold, &result);
         result
     }
 
@@ -121,13 +127,22 @@ impl<'a> Driver<'a> {
 
     fn migrate(&mut self) -> Result<(), MigrationError> {
         self.open_stream()?;
-        let tracker = self.start_tracking()?;
-        self.open_ram()?;
-        self.precopy(&tracker)?;
-        self.pause()?;
-        self.wait_before_switchover()?;
-        self.send_the_rest(&tracker)?;
-        self.hand_over()
+        let tracked = Tracked::new(self.start_tracking()?);
+        tracked.during(|tracker| {
+            self.open_ram()?;
+            self.precopy(tracker, self.questions(&tracked))?;
+            self.pause()?;
+            self.wait_before_switchover()?;
+            self.send_the_rest(tracker)?;
+            self.hand_over()
+        })
+    }
+
+    /// Somebody to ask for free pages, if the guest has that and the user wants it.
+    fn questions(&self, tracked: &Arc<Tracked>) -> Option<Questions<'a>> {
+        let wanted = self.shared.parameters().free_page_hints;
+        let hinting = self.guest.free_page_hinting().filter(|_| wanted)?;
+        Some(Questions::new(hinting, tracked.clone()))
     }
 
     /// Header, configuration, and what the destination must look like.
@@ -145,12 +160,17 @@ impl<'a> Driver<'a> {
         self.flush_all()
     }
 
-    fn start_tracking(&mut self) -> Result<DirtyTracker<'a>, MigrationError> {
+    fn start_tracking(&mut self) -> Result<DirtyTracker, MigrationError> {
         let sizes: Vec<usize> = self.guest.ram().iter().map(|b| b.pages()).collect();
         let parameters = self.shared.parameters();
         let (discipline, chunk) = (parameters.discipline, parameters.arming_chunk);
         let start = Instant::now();
-        let tracker = DirtyTracker::start(self.guest.dirty_log(), &sizes, discipline, chunk)?;
+        let tracker = DirtyTracker::start(
+            Arc::new(GuestLog::new(self.guest.clone())),
+            &sizes,
+            discipline,
+            chunk,
+        )?;
         self.shared.update(|info| {
             info.tracking.sync += start.elapsed();
             info.discipline = Some(discipline);

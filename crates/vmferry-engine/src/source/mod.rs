@@ -48,7 +48,7 @@ impl Source {
             let shared = shared.clone();
             std::thread::Builder::new()
                 .name("migration".to_owned())
-                .spawn(move || Driver::run(&*guest, &uri, &shared))
+                .spawn(move || Driver::run(&guest, &uri, &shared))
         };
         let thread = thread.inspect_err(|_| shared.enter(Status::Failed))?;
         Ok(Source {

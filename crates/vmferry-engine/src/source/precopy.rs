@@ -9,6 +9,7 @@ use super::driver::{Driver, Hold};
 use super::pace::Allowance;
 use super::writer::Flushed;
 use crate::error::MigrationError;
+use crate::hints::Questions;
 
 /// Law 5: a slice ends after this time, with or without a lock held.
 pub(super) const MAX_WAIT: Duration = Duration::from_millis(50);
@@ -51,13 +52,26 @@ struct Pages {
 }
 
 impl Driver<'_> {
-    /// Copies RAM until what is left can be sent within the downtime limit.
-    pub(super) fn precopy(&mut self, tracker: &DirtyTracker<'_>) -> Result<(), MigrationError> {
+    /// Copies RAM until what is left can be sent within the downtime limit. From each sync to the next the guest is
+    /// asked for its free pages, if there are `questions`.
+    pub(super) fn precopy(
+        &mut self,
+        tracker: &DirtyTracker,
+        questions: Option<Questions<'_>>,
+    ) -> Result<(), MigrationError> {
         let mut last_sync = Instant::now();
         loop {
             let before = tracker.set().dirty_pages();
+            if let Some(questions) = &questions {
+                questions.ask(tracker);
+            }
             self.pass(tracker, Pace::Limited)?;
             self.wait_until_received()?;
+            if let Some(questions) = &questions {
+                questions.stop();
+                self.shared
+                    .update(|info| info.ram.hinted = questions.spared());
+            }
             self.sync(tracker)?;
             let dirty = tracker.set().dirty_pages();
             let elapsed = std::mem::replace(&mut last_sync, Instant::now()).elapsed();
@@ -96,7 +110,7 @@ impl Driver<'_> {
     }
 
     /// Fetches the dirty log into the bitmap.
-    pub(super) fn sync(&mut self, tracker: &DirtyTracker<'_>) -> Result<(), MigrationError> {
+    pub(super) fn sync(&mut self, tracker: &DirtyTracker) -> Result<(), MigrationError> {
         let start = Instant::now();
         tracker.sync()?;
         let mut number = 0;
@@ -112,7 +126,7 @@ impl Driver<'_> {
     /// Sends every page that is dirty in the bitmap, from its first block to its last.
     pub(super) fn pass(
         &mut self,
-        tracker: &DirtyTracker<'_>,
+        tracker: &DirtyTracker,
         pace: Pace,
     ) -> Result<(), MigrationError> {
         let mut cursor = Cursor::default();
@@ -131,7 +145,7 @@ impl Driver<'_> {
     /// A slice of work: sends dirty pages from the cursor on, until one of the reasons of [`SliceEnd`].
     pub(super) fn slice(
         &mut self,
-        tracker: &DirtyTracker<'_>,
+        tracker: &DirtyTracker,
         cursor: &mut Cursor,
         pace: Pace,
     ) -> Result<SliceEnd, MigrationError> {
@@ -221,7 +235,7 @@ impl Driver<'_> {
     }
 
     /// Makes the figures current.
-    pub(super) fn publish(&mut self, tracker: &DirtyTracker<'_>) {
+    pub(super) fn publish(&mut self, tracker: &DirtyTracker) {
         let written = self.writer.written();
         let remaining = tracker.set().dirty_pages() * PAGE_SIZE as u64;
         let paused = matches!(self.hold, Hold::Paused { .. });

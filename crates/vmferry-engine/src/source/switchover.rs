@@ -12,10 +12,7 @@ use crate::run_state;
 
 impl Driver<'_> {
     /// Sends what is left of the paused guest: pages, then devices.
-    pub(super) fn send_the_rest(
-        &mut self,
-        tracker: &DirtyTracker<'_>,
-    ) -> Result<(), MigrationError> {
+    pub(super) fn send_the_rest(&mut self, tracker: &DirtyTracker) -> Result<(), MigrationError> {
         self.writer.command(Command::SwitchoverStart);
         // Saving may write to guest memory, so the last look at the dirty log comes after it (law 1).
         let mut states = self.guest.save_devices()?;

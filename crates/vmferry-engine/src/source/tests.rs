@@ -121,11 +121,8 @@ impl Observer for Nobody {
 }
 
 /// Runs `test` for a driver under each discipline, with the other end of its channel.
-fn with_driver(
-    parameters: Parameters,
-    test: impl Fn(&mut Driver<'_>, &DirtyTracker<'_>, UnixStream),
-) {
-    let guest = Memory::new();
+fn with_driver(parameters: Parameters, test: impl Fn(&mut Driver<'_>, &DirtyTracker, UnixStream)) {
+    let guest: Arc<dyn Guest> = Arc::new(Memory::new());
     for discipline in Discipline::ALL {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let cancel = CancelToken::new().unwrap();
@@ -143,8 +140,13 @@ fn with_driver(
             hold: Hold::None,
             pings: 0,
         };
-        let tracker =
-            DirtyTracker::start(&NoLog, &[PAGES], discipline, ArmingChunk::default()).unwrap();
+        let tracker = DirtyTracker::start(
+            Arc::new(NoLog),
+            &[PAGES],
+            discipline,
+            ArmingChunk::default(),
+        )
+        .unwrap();
         test(&mut driver, &tracker, theirs);
     }
 }

@@ -11,6 +11,7 @@ mod cancel;
 mod convergence;
 mod dirty_rate;
 mod files;
+mod hints;
 mod hostile;
 mod misfits;
 mod one_runner;

@@ -16,6 +16,11 @@ impl Random {
         Random(seed | 1)
     }
 
+    /// Another one, which depends on this one's seed.
+    pub fn split(&mut self) -> Self {
+        Random(self.below(u64::MAX) | 1)
+    }
+
     /// Below `end`.
     pub fn below(&mut self, end: u64) -> u64 {
         self.0 ^= self.0 << 13;
