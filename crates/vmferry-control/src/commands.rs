@@ -9,9 +9,9 @@ use serde_json::{Map, Value};
 use crate::arguments;
 use crate::error::{ErrorClass, QmpError};
 use crate::schema::{
-    CalcDirtyRate, CpuInfoFast, DirtyRateInfo, KvmInfo, Migrate, MigrateContinue, MigrateIncoming,
-    MigrateSetCapabilities, MigrateSetParameters, MigrationCapabilityStatus, MigrationInfo,
-    MigrationParameters, NameInfo, QueryDirtyRate, StatusInfo,
+    BlockInfo, CalcDirtyRate, CpuInfoFast, DirtyRateInfo, KvmInfo, Migrate, MigrateContinue,
+    MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters, MigrationCapabilityStatus,
+    MigrationInfo, MigrationParameters, NameInfo, QueryDirtyRate, StatusInfo,
 };
 
 /// Decodes the arguments, calls the handler, encodes the result.
@@ -110,6 +110,8 @@ commands! {
     "query-name" => query_name() -> NameInfo;
     /// The vCPUs and their threads.
     "query-cpus-fast" => query_cpus_fast() -> Vec<CpuInfoFast>;
+    /// The disks.
+    "query-block" => query_block() -> Vec<BlockInfo>;
     /// Whether KVM is there and in use.
     "query-kvm" => query_kvm() -> KvmInfo;
     /// Stops the vCPUs; not an error if they are stopped.

@@ -2,6 +2,7 @@
 
 mod address;
 mod as_text;
+mod block;
 mod capabilities;
 mod dirty_rate;
 mod events;
@@ -10,6 +11,7 @@ mod migration;
 mod parameters;
 
 pub use address::{Migrate, MigrateIncoming, SocketAddress};
+pub use block::{BlockDeviceInfo, BlockInfo, BlockdevCacheInfo, DetectZeroes, ImageInfo};
 pub use capabilities::{MigrateSetCapabilities, MigrationCapability, MigrationCapabilityStatus};
 pub use dirty_rate::{
     CALC_TIME_RANGE, CalcDirtyRate, DirtyRateInfo, DirtyRateMeasureMode, DirtyRateStatus,

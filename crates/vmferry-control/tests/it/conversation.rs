@@ -35,6 +35,25 @@ fn greeting_and_replies_are_in_the_order_people_know() {
 }
 
 #[test]
+fn disks_and_the_power_button_are_as_in_qemu() {
+    let rig = Rig::new();
+    let mut wire = rig.negotiated();
+    let disks = wire.ask(r#"{"execute": "query-block"}"#);
+    let disk = &disks["return"][0];
+    assert_eq!(disk["device"], "root");
+    assert_eq!(disk["type"], "unknown");
+    let inserted = &disk["inserted"];
+    assert_eq!(inserted["drv"], "raw");
+    assert_eq!(inserted["detect_zeroes"], "off");
+    assert_eq!(inserted["image"]["virtual-size"], 1 << 30);
+    assert_eq!(inserted["cache"]["no-flush"], false);
+    wire.send(r#"{"execute": "system_powerdown"}"#);
+    let (first, second) = (wire.read(), wire.read());
+    let event = [&first, &second].map(|line| line["event"] == "POWERDOWN");
+    assert!(event.contains(&true), "{first} {second}");
+}
+
+#[test]
 fn requests_may_come_in_pieces_and_in_heaps() {
     let rig = Rig::new();
     let mut wire = rig.negotiated();
@@ -66,7 +85,7 @@ fn commands_are_listed_and_every_one_is_there() {
         .iter()
         .map(|command| command["name"].as_str().unwrap())
         .collect();
-    assert_eq!(names.len(), 22);
+    assert_eq!(names.len(), 24);
     for name in names {
         let reply = wire.ask(json!({"execute": name, "arguments": {"foo": 1}}).to_string());
         let expected = match name {

@@ -74,6 +74,44 @@ impl Handler for FakeMachine {
         }])
     }
 
+    fn query_block(&self) -> Result<Vec<BlockInfo>, QmpError> {
+        let path = "/images/root.raw";
+        let inserted = BlockDeviceInfo {
+            file: path.into(),
+            ro: false,
+            drv: "raw".into(),
+            backing_file_depth: 0,
+            encrypted: false,
+            detect_zeroes: DetectZeroes::Off,
+            bps: 0,
+            bps_rd: 0,
+            bps_wr: 0,
+            iops: 0,
+            iops_rd: 0,
+            iops_wr: 0,
+            image: ImageInfo {
+                filename: path.into(),
+                format: "raw".into(),
+                virtual_size: 1 << 30,
+            },
+            cache: BlockdevCacheInfo {
+                writeback: true,
+                direct: false,
+                no_flush: false,
+            },
+            write_threshold: 0,
+            active: true,
+        };
+        Ok(vec![BlockInfo {
+            device: "root".into(),
+            qdev: None,
+            kind: "unknown".into(),
+            removable: false,
+            locked: false,
+            inserted: Some(inserted),
+        }])
+    }
+
     fn query_kvm(&self) -> Result<KvmInfo, QmpError> {
         Ok(KvmInfo {
             enabled: false,

@@ -5,15 +5,16 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use vmferry_control::schema::{
-    CalcDirtyRate, CpuInfoFast, CpuInstanceProperties, DirtyRateInfo, DirtyTracking, KvmInfo,
-    Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
+    BlockDeviceInfo, BlockInfo, BlockdevCacheInfo, CalcDirtyRate, CpuInfoFast,
+    CpuInstanceProperties, DetectZeroes, DirtyRateInfo, DirtyTracking, ImageInfo, KvmInfo, Migrate,
+    MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
     MigrationCapability, MigrationCapabilityStatus, MigrationInfo, MigrationParameters,
     MigrationRamStats, MigrationStatus, NameInfo, QueryDirtyRate, RunState, ShutdownCause,
     SocketAddress, StatusInfo,
 };
 use vmferry_control::{Handler, QmpError};
 use vmferry_engine::{ArmingChunk, Info, Parameters, Status};
-use vmferry_vmm::Machine;
+use vmferry_vmm::{Access, Caching, DiskInfo, Machine};
 
 use super::Exit;
 use super::migrations::{Migrations, OnFailure, Settings};
@@ -70,6 +71,13 @@ impl Handler for Monitor {
             target: "x86_64".to_owned(),
         });
         Ok(cpus.collect())
+    }
+
+    fn query_block(&self) -> Result<Vec<BlockInfo>, QmpError> {
+        use vmferry_vmm::RunState::{InMigrate, PostMigrate};
+        let active = !matches!(self.machine.run_state(), InMigrate | PostMigrate);
+        let disks = self.machine.disks();
+        Ok(disks.iter().map(|disk| block_info(disk, active)).collect())
     }
 
     fn query_kvm(&self) -> Result<KvmInfo, QmpError> {
@@ -194,6 +202,44 @@ impl Handler for Monitor {
 
     fn query_dirty_rate(&self, arguments: QueryDirtyRate) -> Result<DirtyRateInfo, QmpError> {
         self.migrations.measured(arguments.calc_time_unit)
+    }
+}
+
+fn block_info(disk: &DiskInfo, active: bool) -> BlockInfo {
+    let path = disk.path.display().to_string();
+    let format = "raw".to_owned();
+    BlockInfo {
+        device: disk.id.clone(),
+        qdev: Some(format!("/machine/peripheral/{}", disk.id)),
+        kind: "unknown".to_owned(),
+        removable: false,
+        locked: false,
+        inserted: Some(BlockDeviceInfo {
+            file: path.clone(),
+            ro: disk.access == Access::ReadOnly,
+            drv: format.clone(),
+            backing_file_depth: 0,
+            encrypted: false,
+            detect_zeroes: DetectZeroes::Off,
+            bps: 0,
+            bps_rd: 0,
+            bps_wr: 0,
+            iops: 0,
+            iops_rd: 0,
+            iops_wr: 0,
+            image: ImageInfo {
+                filename: path,
+                format,
+                virtual_size: disk.bytes,
+            },
+            cache: BlockdevCacheInfo {
+                writeback: true,
+                direct: disk.caching == Caching::Direct,
+                no_flush: false,
+            },
+            write_threshold: 0,
+            active,
+        }),
     }
 }
 

@@ -12,6 +12,7 @@ mod demo;
 mod dirty_log;
 mod dirty_rate;
 mod disk_full;
+mod disks;
 mod events;
 mod killed;
 mod misfit;

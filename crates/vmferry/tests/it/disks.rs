@@ -1,0 +1,99 @@
+//! Disks of two processes: who has them, and what the monitor says of them.
+
+use std::fs::File;
+
+use serde_json::Value;
+use vmferry_control::schema::{MigrationStatus, RunState};
+
+use crate::common::command::vmferry;
+use crate::common::lab::Lab;
+use crate::common::vm::Vm;
+
+const MACHINE: [&str; 2] = ["--memory", "128M"];
+const KERNEL: [&str; 4] = ["--kernel", "guest:dirtier", "--cmdline", "ws=16M"];
+const INCOMING: [&str; 2] = ["--incoming", "tcp:127.0.0.1:0"];
+
+fn image(lab: &Lab) -> String {
+    let path = lab.path("image");
+    File::create(&path).unwrap().set_len(4 << 20).unwrap();
+    path.display().to_string()
+}
+
+#[test]
+fn a_disk_goes_with_its_guest_and_comes_back_when_that_fails() {
+    let Some(lab) = Lab::new() else { return };
+    let disk = format!("path={},id=root", image(&lab));
+    let disk = ["--disk", &disk, "--rng", "--console", "null"];
+    let mut source = Vm::start(&lab, &[&MACHINE[..], &KERNEL, &disk].concat());
+    let another = || {
+        let machine = [&["run", "--serial", "null"], &MACHINE[..], &KERNEL, &disk];
+        vmferry(machine.concat()).failed()
+    };
+    assert!(another().contains("cannot lock the disk 'root'"));
+
+    // A destination without the disk, and one whose disk somebody else has.
+    let mut without = Vm::start(&lab, &[&MACHINE[..], &INCOMING].concat());
+    let uri = without.uri();
+    let says = source.migrate_command(&uri, &[]).failed();
+    assert!(
+        says.contains("--disk path=IMAGE,id=root --console"),
+        "{says}"
+    );
+    assert_eq!(source.run_state(), RunState::Running);
+    let mut other = Vm::start(&lab, &[&MACHINE[..], &disk, &INCOMING].concat());
+    let uri = other.uri();
+    other.kill();
+    assert_eq!(
+        source.try_migrate(&uri).status,
+        Some(MigrationStatus::Failed)
+    );
+    assert_eq!(source.run_state(), RunState::Running);
+    assert!(another().contains("another process uses"));
+
+    let mut destination = Vm::start(&lab, &[&MACHINE[..], &disk, &INCOMING].concat());
+    let active = |vm: &mut Vm| {
+        let disks = vm.execute("query-block", Value::Null);
+        assert_eq!(disks[0]["device"], "root");
+        assert_eq!(disks[0]["inserted"]["image"]["virtual-size"], 4 << 20);
+        disks[0]["inserted"]["active"].as_bool().unwrap()
+    };
+    assert!(active(&mut source) && !active(&mut destination));
+    let uri = destination.uri();
+    source.migrate(&uri);
+    destination.wait_for_state(RunState::Running);
+    assert!(!active(&mut source) && active(&mut destination));
+    assert!(another().contains("another process uses"));
+    let refused = source.refuse("cont", Value::Null);
+    assert!(refused.contains("cannot lock the disk 'root'"), "{refused}");
+
+    // The end of its host frees it.
+    destination.kill();
+    source.execute("cont", Value::Null);
+    assert_eq!(source.run_state(), RunState::Running);
+    assert!(another().contains("another process uses"));
+}
+
+#[test]
+fn readers_share_an_image() {
+    let Some(lab) = Lab::new() else { return };
+    let disk = format!("path={},ro=on", image(&lab));
+    let args = [&MACHINE[..], &KERNEL, &["--disk", &disk]].concat();
+    let readers = [Vm::start(&lab, &args), Vm::start(&lab, &args)];
+    for mut reader in readers {
+        let disks = reader.execute("query-block", Value::Null);
+        assert_eq!(disks[0]["device"], "disk0");
+        assert_eq!(disks[0]["inserted"]["ro"], true);
+    }
+}
+
+#[test]
+fn the_power_button_is_pressed() {
+    let Some(lab) = Lab::new() else { return };
+    let mut vm = Vm::start(&lab, &[&MACHINE[..], &KERNEL].concat());
+    vm.wait_for_state(RunState::Running);
+    vm.forget_events();
+    vm.execute("system_powerdown", Value::Null);
+    assert_eq!(vm.events_until("POWERDOWN"), ["POWERDOWN"]);
+    // The guest looks at no button.
+    assert_eq!(vm.run_state(), RunState::Running);
+}
