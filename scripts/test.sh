@@ -5,7 +5,8 @@
 #   scripts/test.sh --no-setup  without installing anything: tests whose peer is missing say so and are skipped
 #
 # The set-up installs QEMU from Debian's packages (bookworm: 10.x from backports) if it is missing, and makes a
-# Python environment for the qemu.qmp package below target/.
+# Python environment for the qemu.qmp package below target/. It also gets Debian's kernel and busybox for tests with Linux
+# guests; they are unpacked below target/rig, not installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,9 +33,20 @@ install_qemu() {
         "${release[@]}" qemu-system-x86 >/dev/null || skip "installing QEMU failed"
 }
 
+get_linux() {
+    local rig=(cargo run --quiet --release -p vmferry-rig -- image)
+    "${rig[@]}" >/dev/null && return
+    # The lists of packages may be missing, or older than what the mirror has.
+    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        apt-get update -qq && "${rig[@]}" >/dev/null && return
+    fi
+    skip "no Debian kernel: no test with a Linux guest will run"
+}
+
 if [ "${1:-}" != --no-setup ]; then
     step "Set-up"
     install_qemu
+    get_linux
     crates/vmferry-control/tests/setup-qemu-qmp.sh || skip "no Python environment with qemu.qmp"
 fi
 [ -w /dev/kvm ] || skip "/dev/kvm is missing or not writable: no guest will run"

@@ -119,11 +119,15 @@ fn unpack(cache: &Path, package: &str) -> Result<PathBuf, RigError> {
         .tempdir_in(cache)
         .attempt(|| format!("create a directory in {}", cache.display()))?;
     let mut apt = Command::new("apt-get");
-    output(
-        apt.args(["download", "-q", package])
-            .current_dir(work.path()),
-        APT_HINT,
-    )?;
+    apt.args(["download", "-q", package])
+        .current_dir(work.path());
+    output(&mut apt, APT_HINT).map_err(|error| match error {
+        RigError::Program { words, .. } => RigError::NoDownload {
+            package: package.to_owned(),
+            words,
+        },
+        other => other,
+    })?;
     let content = work.path().join("content");
     let mut dpkg = Command::new("dpkg-deb");
     output(

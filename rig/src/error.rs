@@ -34,6 +34,17 @@ pub enum RigError {
         /// What was looked for.
         what: String,
     },
+    /// A package cannot be downloaded.
+    #[error(
+        "cannot download the package {package}: {words}; is the network there, and are apt's lists up to date \
+         (apt-get update)?"
+    )]
+    NoDownload {
+        /// Its name.
+        package: String,
+        /// What apt said.
+        words: String,
+    },
     /// A package does not hold what it should.
     #[error("the kernel package in {} has no {what}", dir.display())]
     NotInPackage {
@@ -86,7 +97,7 @@ impl RigError {
     pub fn is_missing_prerequisite(&self) -> bool {
         matches!(
             self,
-            RigError::NoProgram { .. } | RigError::NoPackage { .. }
+            RigError::NoProgram { .. } | RigError::NoPackage { .. } | RigError::NoDownload { .. }
         )
     }
 }

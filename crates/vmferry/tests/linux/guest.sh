@@ -9,7 +9,7 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 for module in /modules/*; do [ -e "$module" ] && insmod "$module"; done
 
-FILES=16
+FILES=8
 mkdir /keep /sums
 mount -t tmpfs -o size=75% keep /keep
 mount -t tmpfs sums /sums
@@ -21,9 +21,15 @@ while [ $file -lt $FILES ]; do fill $file; file=$((file + 1)); done
 
 # The kernel's own lines would come in the middle of ours.
 dmesg -n 1
-dmesg | grep -E 'BUG:|WARNING:|Call Trace|lockup|stall|unstable' | sed 's/^/linux: boot=/'
+dmesg | grep -E 'BUG:|WARNING:|Call Trace|lockup|self-detected stall' | sed 's/^/linux: boot=/'
 messages=$(dmesg | wc -l)
-echo "linux: ready files=$FILES release=$(uname -r)"
+echo "linux: ready files=$FILES cpus=$(nproc) release=$(uname -r)"
+
+# Every other CPU has something to do as well.
+sum=$(md5sum /bin/busybox)
+for cpu in $(seq 2 "$(nproc)"); do
+    while [ "$sum" = "$(md5sum /bin/busybox)" ]; do :; done && echo "linux: corrupt /bin/busybox" &
+done
 
 beat=0 corrupt=0 sweeps=0
 while :; do

@@ -12,12 +12,17 @@ use crate::common::lab::Lab;
 use crate::common::vm::Vm;
 use crate::host::Images;
 
+const MEMORY: &str = "256M";
+
 /// How long nothing may come between two lines of the guest, in seconds, without the downtime of a migration. One
 /// takes a fraction of a second; a migration in the rig, on a host that is busy, makes it several.
 const SILENCE: f64 = 20.0;
 
 /// What the kernel may say while it works: it notices that it stood still. That is no complaint.
-const NOTICES: [&str; 1] = ["clocksource: Long readout interval, skipping watchdog check"];
+const NOTICES: [&str; 2] = [
+    "clocksource: Long readout interval, skipping watchdog check",
+    "hrtimer: interrupt took",
+];
 
 /// The guest's initial RAM disk.
 pub fn initrd(debian: &Debian, lab: &Lab) -> Result<PathBuf, RigError> {
@@ -62,17 +67,18 @@ fn is_notice(line: &str) -> bool {
 pub struct Linux<'a> {
     lab: &'a Lab,
     pub vm: Vm,
-    machine: Vec<String>,
+    cpus: String,
     /// Its output here and on all hosts before.
     parts: Vec<PathBuf>,
 }
 
 impl<'a> Linux<'a> {
-    /// Boots a guest and waits until it is at work. `machine` is what source and destination have in common.
-    pub fn boot(lab: &'a Lab, images: &Images, machine: &[&str]) -> Self {
+    /// Boots a guest with so many vCPUs and waits until it is at work.
+    pub fn boot(lab: &'a Lab, images: &Images, cpus: &str) -> Self {
+        let machine = ["--cpus", cpus, "--memory", MEMORY];
         let kernel = images.kernel.display().to_string();
         let initrd = images.initrd.display().to_string();
-        let cmdline = "console=ttyS0 panic=-1 quiet acpi=off";
+        let cmdline = "console=ttyS0 panic=-1 quiet";
         let what = [
             "--kernel",
             &kernel,
@@ -82,25 +88,28 @@ impl<'a> Linux<'a> {
             cmdline,
             "--no-reboot",
         ];
-        let vm = Vm::start(lab, &[machine, &what].concat());
+        let vm = Vm::start(lab, &[&machine[..], &what].concat());
         let guest = Linux {
             lab,
             parts: vec![vm.serial.clone()],
             vm,
-            machine: machine.iter().map(ToString::to_string).collect(),
+            cpus: cpus.to_owned(),
         };
-        eventually("Linux to boot", || {
-            guest.text().contains("linux: ready ").then_some(())
+        let text = eventually("Linux to boot", || {
+            let text = guest.text();
+            let (_, ready) = text.split_once("linux: ready ")?;
+            ready.contains('\n').then(|| text.clone())
         });
+        assert!(text.contains(&format!(" cpus={cpus} ")), "{text}");
         guest
     }
 
     /// Moves the guest to a new process.
     #[track_caller]
     pub fn hop(&mut self) -> MigrationInfo {
-        let mut machine: Vec<&str> = self.machine.iter().map(String::as_str).collect();
-        machine.extend(["--incoming", "tcp:127.0.0.1:0"]);
-        let mut destination = Vm::start(self.lab, &machine);
+        let machine = ["--cpus", &self.cpus, "--memory", MEMORY];
+        let incoming = ["--incoming", "tcp:127.0.0.1:0"];
+        let mut destination = Vm::start(self.lab, &[&machine[..], &incoming].concat());
         let info = self.vm.migrate(&destination.uri());
         destination.wait_for_state(RunState::Running);
         let source = std::mem::replace(&mut self.vm, destination);

@@ -8,13 +8,12 @@ use crate::linux::Linux;
 
 const HOPS: usize = 5;
 
-#[test]
-fn there_and_back_with_1_vcpu() {
-    let Some((lab, images)) = host::lab("there_and_back_with_1_vcpu") else {
+fn there_and_back(test: &str, cpus: &str) {
+    let Some((lab, images)) = host::lab(test) else {
         return;
     };
     let start = Instant::now();
-    let mut guest = Linux::boot(&lab, &images, &["--cpus", "1", "--memory", "256M"]);
+    let mut guest = Linux::boot(&lab, &images, cpus);
     let booted = start.elapsed();
     guest.works();
     let mut downtimes = Vec::new();
@@ -27,9 +26,19 @@ fn there_and_back_with_1_vcpu() {
     let longest = *downtimes.iter().max().expect("there were some") as f64 / 1e6;
     guest.check(longest);
     say(&format!(
-        "Linux, 1 vCPU: booted in {:.1} s; {HOPS} migrations in {:.1} s; longest downtime {:.0} ms; corrupt 0",
+        "{test}: booted in {:.1} s; {HOPS} migrations in {:.1} s; longest downtime {:.0} ms; corrupt 0",
         booted.as_secs_f64(),
         (start.elapsed() - booted).as_secs_f64(),
         longest * 1e3,
     ));
+}
+
+#[test]
+fn there_and_back_with_1_vcpu() {
+    there_and_back("there_and_back_with_1_vcpu", "1");
+}
+
+#[test]
+fn there_and_back_with_2_vcpus() {
+    there_and_back("there_and_back_with_2_vcpus", "2");
 }
