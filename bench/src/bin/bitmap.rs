@@ -116,7 +116,12 @@ fn drains(gib: u64, runs: u32, targets: &mut Vec<Target>) {
             }
             let mut times = vec![Vec::new(); bitmaps.len()];
             for run in 0..runs {
-                for ((contender, bitmap), times) in all.clone().zip(&mut bitmaps).zip(&mut times) {
+                let mut turns: Vec<_> = all.clone().zip(&mut bitmaps).zip(&mut times).collect();
+                if run % 2 == 1 {
+                    // What one leaves behind in the caches must not always meet the same other.
+                    turns.reverse();
+                }
+                for ((contender, bitmap), times) in turns {
                     let slow = matches!(contender, &PER_BIT_LOCK | Contender::AtomicBitmap);
                     if slow && run % 3 > 0 {
                         continue;
