@@ -150,7 +150,6 @@ fn start(cell: &Cell, socket: &Path) -> anyhow::Result<Arc<Machine>> {
         disks: Vec::new(),
         console: None,
         rng: false,
-        balloon: None,
         on_reset: OnReset::Shutdown,
         incoming: false,
     };

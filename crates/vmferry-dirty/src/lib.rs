@@ -1,4 +1,4 @@
-//! Dirty bitmaps for live migration: one bit per page, and who may clear it.
+#![doc = include_str!("../README.md")]
 
 mod arming;
 mod batch;
