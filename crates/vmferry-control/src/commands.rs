@@ -9,9 +9,10 @@ use serde_json::{Map, Value};
 use crate::arguments;
 use crate::error::{ErrorClass, QmpError};
 use crate::schema::{
-    BlockInfo, CalcDirtyRate, CpuInfoFast, DirtyRateInfo, KvmInfo, Migrate, MigrateContinue,
-    MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters, MigrationCapabilityStatus,
-    MigrationInfo, MigrationParameters, NameInfo, QueryDirtyRate, StatusInfo,
+    Balloon, BalloonInfo, BlockInfo, CalcDirtyRate, CpuInfoFast, DirtyRateInfo, KvmInfo, Migrate,
+    MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
+    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, NameInfo, QueryDirtyRate,
+    StatusInfo,
 };
 
 /// Decodes the arguments, calls the handler, encodes the result.
@@ -112,6 +113,10 @@ commands! {
     "query-cpus-fast" => query_cpus_fast() -> Vec<CpuInfoFast>;
     /// The disks.
     "query-block" => query_block() -> Vec<BlockInfo>;
+    /// Asks the guest to make do with so many bytes of RAM.
+    "balloon" => balloon(arguments: Balloon) -> ();
+    /// How much RAM the guest has left.
+    "query-balloon" => query_balloon() -> BalloonInfo;
     /// Whether KVM is there and in use.
     "query-kvm" => query_kvm() -> KvmInfo;
     /// Stops the vCPUs; not an error if they are stopped.

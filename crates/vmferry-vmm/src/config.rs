@@ -1,6 +1,7 @@
 //! What a machine is made of.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -106,6 +107,42 @@ pub struct DiskConfig {
     pub caching: Caching,
 }
 
+/// A balloon: what its driver can use of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonConfig {
+    /// The guest may take memory back before it has to kill one of its processes.
+    pub deflate_on_oom: bool,
+    /// The guest tells, while it is migrated, which of its pages are free. They are not sent.
+    pub free_page_hint: bool,
+    /// The guest tells at any time which of its pages are free. They are given back to the host.
+    pub free_page_reporting: bool,
+}
+
+/// QEMU's, but for the hints.
+impl Default for BalloonConfig {
+    fn default() -> Self {
+        BalloonConfig {
+            deflate_on_oom: false,
+            free_page_hint: true,
+            free_page_reporting: false,
+        }
+    }
+}
+
+/// As on the command line.
+impl fmt::Display for BalloonConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let switch = |on| if on { "on" } else { "off" };
+        write!(
+            f,
+            "deflate-on-oom={},free-page-hint={},free-page-reporting={}",
+            switch(self.deflate_on_oom),
+            switch(self.free_page_hint),
+            switch(self.free_page_reporting)
+        )
+    }
+}
+
 /// What happens when the guest resets itself (keyboard controller or triple fault).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnReset {
@@ -144,6 +181,8 @@ pub struct MachineConfig {
     pub console: Option<SerialConfig>,
     /// Whether there is a virtio device that gives random numbers.
     pub rng: bool,
+    /// A virtio balloon.
+    pub balloon: Option<BalloonConfig>,
     /// What a reset by the guest does.
     pub on_reset: OnReset,
     /// Whether the guest comes from elsewhere: nothing is loaded, and the machine waits for it.
@@ -199,8 +238,8 @@ impl MachineConfig {
                     .into(),
             );
         }
-        let devices =
-            self.disks.len() + usize::from(self.console.is_some()) + usize::from(self.rng);
+        let others = [self.console.is_some(), self.rng, self.balloon.is_some()];
+        let devices = self.disks.len() + others.iter().filter(|there| **there).count();
         if devices > VIRTIO_MMIO_SLOTS as usize {
             return refuse(format!(
                 "{devices} virtio devices are not possible: there are {VIRTIO_MMIO_SLOTS} slots"
@@ -242,6 +281,7 @@ pub(crate) mod tests {
             disks: Vec::new(),
             console: None,
             rng: false,
+            balloon: None,
             on_reset: OnReset::Reset,
             incoming: false,
         }

@@ -9,12 +9,13 @@
 //! | `acpi` | tables that tell a kernel what the machine has |
 //! | `config` | what a machine is made of, and what is refused |
 //! | `memory` | one RAM block, seen by the guest in two pieces around the hole below 4 GiB |
+//! | `reclaim` | guest memory that is given back to the host |
 //! | `dirty_log` | which of KVM's dirty logs the machine has |
 //! | `boot` | kernels: PVH ELF images and bzImages |
 //! | `vcpu` | threads that run guest code, and the gate that holds them |
 //! | `devices` | the serial port and its back ends, the reset line of the i8042, the event device of ACPI |
 //! | `state` | everything that KVM and the devices know about the guest, out and in |
-//! | `virtio` | virtio-mmio, and the devices behind it: disks, a console, random numbers |
+//! | `virtio` | virtio-mmio, and the devices behind it: disks, a console, random numbers, a balloon |
 //! | `machine`, `migrate` | the whole, as its user and as the engine see it |
 
 mod acpi;
@@ -29,6 +30,7 @@ mod layout;
 mod machine;
 mod memory;
 mod migrate;
+mod reclaim;
 mod run_state;
 mod state;
 mod supervisor;
@@ -39,11 +41,11 @@ mod virtio;
 
 pub use boot::BootError;
 pub use config::{
-    Access, Backing, Caching, DirtyLogChoice, DiskConfig, KernelSource, MachineConfig, OnReset,
-    SerialConfig,
+    Access, Backing, BalloonConfig, Caching, DirtyLogChoice, DiskConfig, KernelSource,
+    MachineConfig, OnReset, SerialConfig,
 };
 pub use dirty_log::DirtyLogKind;
 pub use error::MachineError;
-pub use machine::{DiskInfo, Machine, MachineEvent, OnEvent, ShutdownCause, VcpuInfo};
+pub use machine::{BalloonInfo, DiskInfo, Machine, MachineEvent, OnEvent, ShutdownCause, VcpuInfo};
 pub use run_state::RunState;
 pub use vmferry_dirty::log::RingSize;

@@ -1,5 +1,6 @@
 //! A virtual machine as its user sees it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
@@ -26,7 +27,7 @@ use crate::state::machine::Description;
 use crate::state::msrs;
 use crate::supervisor;
 use crate::vcpu::{Gate, GuestRequest, Vcpu, VcpuThread, Wanted};
-use crate::virtio::{Devices, Disk};
+use crate::virtio::{BalloonPort, Devices, Disk};
 
 /// Something that happened to a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +55,11 @@ pub enum MachineEvent {
         /// Why, with the registers that tell where.
         reason: String,
     },
+    /// The guest has taken memory from its balloon, or given some to it.
+    BalloonChange {
+        /// Bytes of RAM that it has left.
+        actual: u64,
+    },
     /// The user of the console has pressed the keys that mean "quit".
     QuitKey,
 }
@@ -71,6 +77,15 @@ pub struct DiskInfo {
     pub caching: Caching,
     /// Its size.
     pub bytes: u64,
+}
+
+/// A balloon, for its user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BalloonInfo {
+    /// Bytes of RAM that the guest has left.
+    pub actual: u64,
+    /// What the guest last told of its memory, by QEMU's names.
+    pub statistics: BTreeMap<&'static str, u64>,
 }
 
 /// Why a guest has stopped for good.
@@ -167,7 +182,11 @@ impl Machine {
             Box::new(move || keys(MachineEvent::QuitKey))
         };
         let ram = GuestRam::new(config.memory, config.backing)?;
-        let devices = Devices::new(&config, &ram.memory, quit_key())?;
+        let on_balloon = {
+            let on_event = on_event.clone();
+            Box::new(move |actual| on_event(MachineEvent::BalloonChange { actual }))
+        };
+        let devices = Devices::new(&config, &ram.memory, quit_key(), on_balloon)?;
         let platform = Platform {
             cpus: config.cpus,
             virtio_slots: (0..).take(devices.slots().len()).collect(),
@@ -196,7 +215,7 @@ impl Machine {
                 .get_tsc_khz()
                 .attempt("read a vCPU's TSC frequency")?,
             cpuid: first.cpuid().to_vec(),
-            devices: devices.describe(),
+            devices: devices.describe(&config),
         };
         drop(first);
         let power_on = PowerOn {
@@ -314,6 +333,32 @@ impl Machine {
             bytes: disk.bytes(),
         };
         self.devices.disks().iter().map(info).collect()
+    }
+
+    /// The balloon, if there is one. Its statistics are those that the guest told after the last look.
+    pub fn balloon(&self) -> Option<BalloonInfo> {
+        self.devices.balloon().map(BalloonPort::info)
+    }
+
+    /// Asks the guest to make do with so many bytes of RAM, by its balloon.
+    pub fn set_balloon(&self, bytes: u64) -> Result<(), MachineError> {
+        let Some(balloon) = self.devices.balloon() else {
+            let why = "the machine has no balloon: start it with --balloon";
+            return Err(MachineError::Config(why.into()));
+        };
+        let lifecycle = self.lifecycle();
+        let hint = match lifecycle.state {
+            RunState::Running | RunState::Prelaunch | RunState::Paused => {
+                balloon.set_target(bytes);
+                return Ok(());
+            }
+            RunState::FinishMigrate => "wait for the end of the migration, or cancel it",
+            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
+            RunState::PostMigrate => "it has left; ask it where it is",
+            RunState::Shutdown | RunState::InternalError => "it has stopped for good",
+        };
+        let attempted = "ask the guest for memory";
+        Err(wrong_state(attempted, lifecycle.state, hint))
     }
 
     /// Starts the guest, or lets it go on. Does nothing if it runs.

@@ -174,6 +174,10 @@ impl GuestRam {
             source,
         })?;
         let (addr, mapping) = (mapping.addr, Arc::new(mapping));
+        let sharing = match backing {
+            Backing::Private => libc::MAP_PRIVATE,
+            Backing::Memfd => libc::MAP_SHARED,
+        };
         let writes = Arc::new(VmmWriteLog::new(len / PAGE_SIZE));
         let mut regions = Vec::new();
         let mut slots = Vec::new();
@@ -187,6 +191,7 @@ impl GuestRam {
                     .with_raw_mmap_pointer(host)
             }
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(sharing)
             .build()
             .expect("the mapping is page-aligned");
             regions.push(

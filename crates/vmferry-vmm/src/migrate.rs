@@ -5,7 +5,7 @@ use std::time::Duration;
 use kvm_ioctls::VcpuFd;
 use vm_superio::SerialState;
 use vmferry_dirty::DirtyLog;
-use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError, RamBlock};
+use vmferry_engine::seam::{Activity, DeviceState, FreePageHinting, Guest, GuestError, RamBlock};
 
 use crate::error::MachineError;
 use crate::machine::{Handover, Machine, wrong_state};
@@ -20,7 +20,7 @@ use crate::state::power::{self, PowerState};
 use crate::state::serial::{self, SavedSerial};
 use crate::state::virtio;
 use crate::vcpu::GuestRequest;
-use crate::virtio::SavedTransport;
+use crate::virtio::{BalloonPort, SavedTransport};
 
 impl Guest for Machine {
     fn ram(&self) -> &[RamBlock] {
@@ -29,6 +29,10 @@ impl Guest for Machine {
 
     fn dirty_log(&self) -> &dyn DirtyLog {
         &*self.log
+    }
+
+    fn free_page_hinting(&self) -> Option<&dyn FreePageHinting> {
+        self.devices.balloon().and_then(BalloonPort::hinting)
     }
 
     fn describe(&self) -> Result<DeviceState, GuestError> {

@@ -57,6 +57,10 @@ pub fn migration_table(info: &MigrationInfo) -> Table {
         table.row("sent", sent);
         let pages = format!("{} with data, {} all zero", ram.normal, ram.duplicate);
         table.row("pages", pages);
+        if ram.x_vmferry_hinted_pages > 0 {
+            let saved = format!("{} that the guest does not use", ram.x_vmferry_hinted_pages);
+            table.row("pages saved", saved);
+        }
         if ram.remaining > 0 {
             table.row("remaining", format_size(ram.remaining));
         }

@@ -12,6 +12,9 @@ pub enum MigrationCapability {
     ReturnPath,
     /// The migration waits in `pre-switchover`, with the guest stopped, until `migrate-continue`.
     PauseBeforeSwitchover,
+    /// A guest with a balloon tells which of its pages are free, and they are not sent.
+    #[serde(rename = "x-vmferry-free-page-hints")]
+    FreePageHints,
 }
 
 /// A capability and whether it is on.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::MigrationStatus;
+use super::{BalloonChangeData, MigrationStatus};
 
 /// Something that clients are told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +22,8 @@ pub enum Event {
     Powerdown,
     /// The VM was reset.
     Reset(ShutdownData),
+    /// The guest has taken memory from its balloon, or given some to it. At most once a second, as in QEMU.
+    BalloonChange(BalloonChangeData),
 }
 
 /// Data of [`Event::Migration`].

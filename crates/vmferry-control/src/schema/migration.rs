@@ -145,4 +145,6 @@ pub struct MigrationRamStats {
     pub postcopy_bytes: u64,
     /// Times that zero-copy sending fell back to copying.
     pub dirty_sync_missed_zero_copy: u64,
+    /// Pages not sent because the guest said that it does not use them.
+    pub x_vmferry_hinted_pages: u64,
 }

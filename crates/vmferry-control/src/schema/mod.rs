@@ -2,6 +2,7 @@
 
 mod address;
 mod as_text;
+mod balloon;
 mod block;
 mod capabilities;
 mod dirty_rate;
@@ -11,6 +12,7 @@ mod migration;
 mod parameters;
 
 pub use address::{Migrate, MigrateIncoming, SocketAddress};
+pub use balloon::{Balloon, BalloonChangeData, BalloonInfo};
 pub use block::{BlockDeviceInfo, BlockInfo, BlockdevCacheInfo, DetectZeroes, ImageInfo};
 pub use capabilities::{MigrateSetCapabilities, MigrationCapability, MigrationCapabilityStatus};
 pub use dirty_rate::{

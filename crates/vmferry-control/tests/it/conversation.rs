@@ -1,6 +1,9 @@
 //! One client: what it may send, and what it gets.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
+use vmferry_control::schema::{BalloonChangeData, BalloonInfo, Event, MigrationCapability};
 use vmferry_engine::Uri;
 
 use crate::fake::Rig;
@@ -54,6 +57,33 @@ fn disks_and_the_power_button_are_as_in_qemu() {
 }
 
 #[test]
+fn balloons_are_as_in_qemu() {
+    let rig = Rig::new();
+    let mut wire = rig.negotiated();
+    for value in [0, -1] {
+        let request = json!({"execute": "balloon", "arguments": {"value": value}});
+        let answer = wire.ask(request.to_string());
+        let words = "Parameter 'target' expects a size";
+        assert_eq!(answer["error"]["desc"], words, "{answer}");
+    }
+    let data = BalloonChangeData { actual: 1 << 30 };
+    rig.events.emit(Event::BalloonChange(data));
+    let event = wire.read();
+    assert_eq!(event["event"], "BALLOON_CHANGE");
+    assert_eq!(event["data"], json!({"actual": 1 << 30}));
+    let mut info = BalloonInfo {
+        actual: 1 << 30,
+        stats: BTreeMap::new(),
+    };
+    assert_eq!(json!(info), json!({"actual": 1 << 30}));
+    info.stats.insert("free-memory".into(), 4096);
+    let all = json!({"actual": 1 << 30, "x-vmferry-stats": {"free-memory": 4096}});
+    assert_eq!(json!(info), all);
+    let capability = json!(MigrationCapability::FreePageHints);
+    assert_eq!(capability, "x-vmferry-free-page-hints");
+}
+
+#[test]
 fn requests_may_come_in_pieces_and_in_heaps() {
     let rig = Rig::new();
     let mut wire = rig.negotiated();
@@ -85,7 +115,7 @@ fn commands_are_listed_and_every_one_is_there() {
         .iter()
         .map(|command| command["name"].as_str().unwrap())
         .collect();
-    assert_eq!(names.len(), 24);
+    assert_eq!(names.len(), 26);
     for name in names {
         let reply = wire.ask(json!({"execute": name, "arguments": {"foo": 1}}).to_string());
         let expected = match name {

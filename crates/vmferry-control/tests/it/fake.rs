@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 use vmferry_control::schema::*;
-use vmferry_control::{EventBus, Handler, QmpError, QmpServer};
+use vmferry_control::{ErrorClass, EventBus, Handler, QmpError, QmpServer};
 use vmferry_engine::{Discipline, Uri};
 
 /// Far longer than anything here takes.
@@ -110,6 +110,14 @@ impl Handler for FakeMachine {
             locked: false,
             inserted: Some(inserted),
         }])
+    }
+
+    fn balloon(&self, _: Balloon) -> Result<(), QmpError> {
+        Err(no_balloon())
+    }
+
+    fn query_balloon(&self) -> Result<BalloonInfo, QmpError> {
+        Err(no_balloon())
     }
 
     fn query_kvm(&self) -> Result<KvmInfo, QmpError> {
@@ -242,6 +250,13 @@ impl Handler for FakeMachine {
             ..DirtyRateInfo::default()
         })
     }
+}
+
+fn no_balloon() -> QmpError {
+    QmpError::new(
+        ErrorClass::DeviceNotActive,
+        "No balloon device has been activated",
+    )
 }
 
 /// A server with a fake machine in a directory of its own.

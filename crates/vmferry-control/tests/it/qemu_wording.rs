@@ -96,6 +96,7 @@ fn requests() -> Vec<String> {
         r#"{"execute": "migrate_cancel"}"#,
         r#"{"execute": "migrate-set-parameters"}"#,
         r#"{"execute": "query-dirty-rate"}"#,
+        r#"{"execute": "query-balloon"}"#,
     ]
     .map(str::to_owned)
     .into();
@@ -143,6 +144,10 @@ fn requests() -> Vec<String> {
         capability(json!({"state": true})),
         capability(json!({"capability": "events", "state": true, "x": 1})),
         capability(json!({"capability": "return-path", "state": true})),
+        command("balloon", json!({"value": 1 << 20})),
+        command("balloon", json!({})),
+        command("balloon", json!({"value": "a"})),
+        command("balloon", json!({"value": 1, "foo": 1})),
         command("calc-dirty-rate", json!({})),
         command("calc-dirty-rate", json!({"calc-time": 1.5})),
         command("calc-dirty-rate", json!({"calc-time": 1, "foo": 1})),

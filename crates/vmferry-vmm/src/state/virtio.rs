@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::SectionKind;
 use super::machine::size;
-use crate::config::Access;
+use crate::config::{Access, BalloonConfig};
 use crate::error::MachineError;
 use crate::virtio::Kind;
 
@@ -18,6 +18,7 @@ pub(crate) fn section(kind: Kind) -> SectionKind {
         Kind::Block => "vmferry/virtio-blk",
         Kind::Console => "vmferry/virtio-console",
         Kind::Rng => "vmferry/virtio-rng",
+        Kind::Balloon => "vmferry/virtio-balloon",
     };
     SectionKind { name, version: 1 }
 }
@@ -32,6 +33,7 @@ pub(crate) enum DeviceDescription {
     },
     Console,
     Rng,
+    Balloon(BalloonConfig),
 }
 
 impl fmt::Display for DeviceDescription {
@@ -40,6 +42,7 @@ impl fmt::Display for DeviceDescription {
             DeviceDescription::Block { id, .. } => write!(f, "disk '{}'", id.escape_debug()),
             DeviceDescription::Console => f.write_str("a virtio console"),
             DeviceDescription::Rng => f.write_str("a virtio random number generator"),
+            DeviceDescription::Balloon(config) => write!(f, "a balloon ({config})"),
         }
     }
 }
@@ -57,6 +60,7 @@ impl DeviceDescription {
             }
             DeviceDescription::Console => "--console WHERE".to_owned(),
             DeviceDescription::Rng => "--rng".to_owned(),
+            DeviceDescription::Balloon(config) => format!("--balloon {config}"),
         }
     }
 
@@ -87,7 +91,7 @@ pub(crate) fn accepts(
             list(source),
             list(here),
             match options.is_empty() {
-                true => "without --disk, --console and --rng".to_owned(),
+                true => "without --disk, --console, --rng and --balloon".to_owned(),
                 false => format!("with {}", options.join(" ")),
             }
         )));
@@ -152,7 +156,7 @@ mod tests {
         assert_eq!(
             refusal(&source, &[]),
             "the source has no virtio devices, this machine has disk 'root', a virtio random number generator: start \
-             it without --disk, --console and --rng"
+             it without --disk, --console, --rng and --balloon"
         );
         let smaller = [disk("root", 1 << 20), DeviceDescription::Rng];
         assert_eq!(
@@ -165,6 +169,19 @@ mod tests {
             access: Access::ReadOnly,
         }];
         assert!(refusal(&[disk("a", 8)], &read_only).contains("id=a,ro=on"));
+        let balloon = |free_page_reporting| {
+            DeviceDescription::Balloon(BalloonConfig {
+                free_page_reporting,
+                ..BalloonConfig::default()
+            })
+        };
+        let features = refusal(&[balloon(false)], &[balloon(true)]);
+        assert!(
+            features.ends_with(
+                "start it with --balloon deflate-on-oom=off,free-page-hint=on,free-page-reporting=on"
+            ),
+            "{features}"
+        );
         assert!(refusal(&[], &[disk("\n", 8)]).contains("'\\n'"));
     }
 }

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::{Backing, DirtyLogChoice, Machine, MachineConfig, MachineEvent, OnReset, SerialConfig};
 
+mod balloon;
 mod devices;
 mod dirty_log;
 mod guest;
@@ -43,6 +44,7 @@ fn config(cpus: u32, serial: &Path) -> MachineConfig {
         disks: Vec::new(),
         console: None,
         rng: false,
+        balloon: None,
         on_reset: OnReset::Reset,
         incoming: false,
     }

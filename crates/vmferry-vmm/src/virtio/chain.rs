@@ -118,6 +118,12 @@ impl Buffers {
         self.len
     }
 
+    /// Where they are in guest memory: address and length of each.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        let range = |buffer: &Buffer| (buffer.addr.raw_value(), buffer.len.into());
+        self.list.iter().map(range)
+    }
+
     /// The pieces of guest memory that make up `len` bytes from `offset` on; less at the end.
     pub fn slices<'a>(
         &'a self,

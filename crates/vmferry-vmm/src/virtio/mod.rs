@@ -6,14 +6,14 @@
 //! | `transport` | the registers of a slot and the device's life: reset, negotiation, running, broken |
 //! | `slot` | a transport with its eventfds: what KVM and the device's thread hold of it |
 //! | `threads` | one thread a device, and the gate that holds them all |
-//! | `rng`, `console`, `blk` | devices |
+//! | `rng`, `console`, `blk`, `balloon` | devices |
 //!
 //! # Who may do what
 //!
 //! A device's state, its queues and their rings are behind one mutex: a vCPU takes it to read or write a register
 //! (except those of the interrupt), the device's thread while it serves a batch of requests. While the machine
 //! stands still, all device threads wait at a gate, and a request is either complete or still in its ring:
-//! nothing is in flight, so nothing in flight has to be saved.
+//! nothing is in flight, so nothing in flight has to be saved. (The balloon keeps one request by design, and saves it.)
 //!
 //! # Trust
 //!
@@ -23,6 +23,7 @@
 //!
 //! All guest memory is written through [`GuestMemory`](crate::memory::GuestMemory), whose log the migration reads.
 
+mod balloon;
 mod blk;
 mod chain;
 mod console;
@@ -40,6 +41,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::MachineError;
 
+pub(crate) use balloon::{Balloon, BalloonPort};
 pub(crate) use blk::{Block, Disk};
 pub(crate) use chain::{Broken, Chain};
 pub(crate) use console::Console;
@@ -54,6 +56,7 @@ pub(crate) enum Kind {
     Block,
     Console,
     Rng,
+    Balloon,
 }
 
 impl Kind {
@@ -63,6 +66,7 @@ impl Kind {
             Kind::Block => virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK,
             Kind::Console => virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE,
             Kind::Rng => virtio_bindings::virtio_ids::VIRTIO_ID_RNG,
+            Kind::Balloon => virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON,
         }
     }
 
@@ -72,6 +76,7 @@ impl Kind {
             Kind::Block => "virtio-blk",
             Kind::Console => "virtio-console",
             Kind::Rng => "virtio-rng",
+            Kind::Balloon => "virtio-balloon",
         }
     }
 }
@@ -91,6 +96,17 @@ pub(crate) trait VirtioDevice: Send {
     /// The device's configuration; what lies behind its end reads as zero.
     fn config(&self) -> Vec<u8> {
         Vec::new()
+    }
+
+    /// A number that changes with the configuration.
+    fn config_generation(&self) -> u32 {
+        0
+    }
+
+    /// The driver writes to the configuration. Most devices have none that it may write.
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let device = self.kind().name();
+        tracing::debug!(device, offset, ?data, "no configuration to write");
     }
 
     /// The driver has chosen these features and starts to use the queues. After a migration it is called before

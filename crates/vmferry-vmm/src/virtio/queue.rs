@@ -116,7 +116,12 @@ impl<'a> Requests<'a> {
 
     /// Gives a request back to the driver, with the number of bytes written to it.
     pub fn complete(&mut self, chain: &Chain, written: u32) -> Result<(), Broken> {
-        self.queue.add_used(self.memory, chain.head(), written)?;
+        self.give_back(chain.head(), written)
+    }
+
+    /// Gives a request back that the device has kept, by its name in the rings.
+    pub fn give_back(&mut self, head: u16, written: u32) -> Result<(), Broken> {
+        self.queue.add_used(self.memory, head, written)?;
         if self.queue.needs_notification(self.memory)? {
             self.interrupt.used();
         }

@@ -86,6 +86,11 @@ impl Slot {
         }
     }
 
+    /// The device's configuration has changed.
+    pub fn config_changed(&self) {
+        self.interrupt.config();
+    }
+
     /// As at power-on.
     pub fn reset(&self) {
         self.transport().reset(&self.interrupt);
@@ -140,11 +145,14 @@ impl MmioDevice for Slot {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> WriteEffect {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            self.transport().write_config(offset as usize, data);
+            return WriteEffect::Nothing;
+        }
         match <[u8; 4]>::try_from(data) {
-            Ok(value) if offset < CONFIG && offset.is_multiple_of(4) => {
+            Ok(value) if offset.is_multiple_of(4) => {
                 self.write_register(offset as u32, u32::from_le_bytes(value));
             }
-            // No device here has configuration that a driver may write.
             _ => tracing::debug!(offset, ?data, "write to no virtio register"),
         }
         WriteEffect::Nothing

@@ -7,9 +7,10 @@ use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::VmFd;
 
+use super::balloon::OnChange;
 use super::console::InputGate;
 use super::slot::Slot;
-use super::{Block, Console, Disk, Kicks, Kind, Rng, VirtioDevice, signal};
+use super::{Balloon, BalloonPort, Block, Console, Disk, Kicks, Kind, Rng, VirtioDevice, signal};
 use crate::config::MachineConfig;
 use crate::devices::{BackendEvents, MmioRange};
 use crate::error::MachineError;
@@ -23,24 +24,26 @@ pub(crate) struct Devices {
     slots: Vec<Arc<Slot>>,
     disks: Vec<Arc<Disk>>,
     console: Option<InputGate>,
+    balloon: Option<BalloonPort>,
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Devices {
     /// Builds the devices that `config` asks for and starts their threads, which wait for [`go`](Self::go).
-    /// `events` learns what the user of the console's back end does.
+    /// `events` learns what the user of the console's back end does, `on_balloon` how much memory the guest has left.
     pub fn new(
         config: &MachineConfig,
         memory: &GuestMemory,
         events: BackendEvents,
+        on_balloon: OnChange,
     ) -> Result<Self, MachineError> {
         let mut slots = Vec::new();
         let mut disks = Vec::new();
         let mut add = |device: Box<dyn VirtioDevice>, kicks| {
-            let slot = Slot::new(device, kicks, memory.clone())?;
-            slots.push(Arc::new(slot));
-            Ok::<_, MachineError>(())
+            let slot = Arc::new(Slot::new(device, kicks, memory.clone())?);
+            slots.push(slot.clone());
+            Ok::<_, MachineError>(slot)
         };
         for (disk, id) in config.disks.iter().zip(config.disk_ids()) {
             let disk = Arc::new(Disk::open(disk, id)?);
@@ -60,11 +63,19 @@ impl Devices {
         if config.rng {
             add(Box::new(Rng), Kicks::new(Rng::QUEUES)?)?;
         }
+        let mut balloon = None;
+        if let Some(wanted) = config.balloon {
+            let device = Balloon::new(wanted, config.memory, on_balloon);
+            let port = device.port();
+            let slot = add(Box::new(device), Kicks::new(Balloon::queues(wanted))?)?;
+            balloon = Some(port(slot));
+        }
         let gate = Arc::new(Gate::new(slots.len()));
         let mut devices = Devices {
             slots,
             disks,
             console,
+            balloon,
             gate,
             threads: Vec::new(),
         };
@@ -101,7 +112,7 @@ impl Devices {
     }
 
     /// The devices, as far as the guest can tell.
-    pub fn describe(&self) -> Vec<DeviceDescription> {
+    pub fn describe(&self, config: &MachineConfig) -> Vec<DeviceDescription> {
         let mut disks = self.disks.iter();
         let describe = |slot: &Arc<Slot>| match slot.kind() {
             Kind::Block => {
@@ -114,6 +125,9 @@ impl Devices {
             }
             Kind::Console => DeviceDescription::Console,
             Kind::Rng => DeviceDescription::Rng,
+            Kind::Balloon => {
+                DeviceDescription::Balloon(config.balloon.expect("a balloon was asked for"))
+            }
         };
         self.slots.iter().map(describe).collect()
     }
@@ -121,6 +135,11 @@ impl Devices {
     /// The disks, in their order.
     pub fn disks(&self) -> &[Arc<Disk>] {
         &self.disks
+    }
+
+    /// The balloon, if there is one.
+    pub fn balloon(&self) -> Option<&BalloonPort> {
+        self.balloon.as_ref()
     }
 
     /// The devices, by slot.

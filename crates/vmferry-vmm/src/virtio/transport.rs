@@ -156,6 +156,11 @@ impl Transport {
         self.device.config()
     }
 
+    /// Writes to the device's configuration.
+    pub fn write_config(&mut self, offset: usize, data: &[u8]) {
+        self.device.write_config(offset, data);
+    }
+
     /// Reads a register other than those of the interrupt.
     pub fn read(&self, register: u32) -> u32 {
         let queue = self.queues.get(self.latches.queue_select as usize);
@@ -172,8 +177,7 @@ impl Transport {
             reg::VIRTIO_MMIO_STATUS => self.status(),
             // There is no shared memory.
             reg::VIRTIO_MMIO_SHM_LEN_LOW..=reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            // No device changes its configuration after its driver has begun to read it.
-            reg::VIRTIO_MMIO_CONFIG_GENERATION => 0,
+            reg::VIRTIO_MMIO_CONFIG_GENERATION => self.device.config_generation(),
             _ => {
                 tracing::debug!(register, device = self.kind().name(), "no register to read");
                 0

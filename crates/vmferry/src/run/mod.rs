@@ -1,5 +1,6 @@
 //! `vmferry run`: a machine, its monitor, and the migrations in and out of it.
 
+mod balloon;
 mod dirty_rate;
 mod migrations;
 mod monitor;
@@ -46,7 +47,12 @@ pub fn run(options: cli::Run) -> anyhow::Result<()> {
     }
     let events = EventBus::new();
     let (exit, exits) = channel();
-    let machine = Machine::new(config(&options), on_event(events.clone(), exit.clone()))?;
+    let on_event = on_event(
+        events.clone(),
+        exit.clone(),
+        balloon::changes(events.clone())?,
+    );
+    let machine = Machine::new(config(&options), on_event)?;
     let migrations = Migrations::new(machine.clone(), events.clone(), exit.clone());
     let name = options.name.clone();
     let monitor = Arc::new(Monitor::new(
@@ -99,6 +105,7 @@ fn config(options: &cli::Run) -> MachineConfig {
         disks: options.disk.clone(),
         console: options.console.clone(),
         rng: options.rng,
+        balloon: options.balloon,
         on_reset: match options.no_reboot {
             true => OnReset::Shutdown,
             false => OnReset::Reset,
@@ -124,7 +131,7 @@ fn end_on_signals(exit: Sender<Exit>) -> anyhow::Result<()> {
 
 /// Passes on what happens to the machine. Straight to the bus, so that clients see it before what is only caused by
 /// it: STOP before the migration that goes on from there.
-fn on_event(events: EventBus, exit: Sender<Exit>) -> OnEvent {
+fn on_event(events: EventBus, exit: Sender<Exit>, balloon: Sender<u64>) -> OnEvent {
     Box::new(move |event| {
         let end = |guest, reason| {
             // Nobody listens any more when the process is ending already.
@@ -150,6 +157,10 @@ fn on_event(events: EventBus, exit: Sender<Exit>) -> OnEvent {
             },
             MachineEvent::InternalError { vcpu, reason } => {
                 output::note(format!("vmferry: the guest stopped: vCPU {vcpu}: {reason}"));
+            }
+            MachineEvent::BalloonChange { actual } => {
+                // Whoever listens does so as long as this lives.
+                let _ = balloon.send(actual);
             }
             MachineEvent::QuitKey => end(false, ShutdownCause::HostUi),
         }

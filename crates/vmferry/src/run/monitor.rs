@@ -5,14 +5,14 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use vmferry_control::schema::{
-    BlockDeviceInfo, BlockInfo, BlockdevCacheInfo, CalcDirtyRate, CpuInfoFast,
-    CpuInstanceProperties, DetectZeroes, DirtyRateInfo, DirtyTracking, ImageInfo, KvmInfo, Migrate,
-    MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
-    MigrationCapability, MigrationCapabilityStatus, MigrationInfo, MigrationParameters,
-    MigrationRamStats, MigrationStatus, NameInfo, QueryDirtyRate, RunState, ShutdownCause,
-    SocketAddress, StatusInfo,
+    Balloon, BalloonInfo, BlockDeviceInfo, BlockInfo, BlockdevCacheInfo, CalcDirtyRate,
+    CpuInfoFast, CpuInstanceProperties, DetectZeroes, DirtyRateInfo, DirtyTracking, ImageInfo,
+    KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
+    MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
+    MigrationParameters, MigrationRamStats, MigrationStatus, NameInfo, QueryDirtyRate, RunState,
+    ShutdownCause, SocketAddress, StatusInfo,
 };
-use vmferry_control::{Handler, QmpError};
+use vmferry_control::{ErrorClass, Handler, QmpError};
 use vmferry_engine::{ArmingChunk, Info, Parameters, Status};
 use vmferry_vmm::{Access, Caching, DiskInfo, Machine};
 
@@ -78,6 +78,24 @@ impl Handler for Monitor {
         let active = !matches!(self.machine.run_state(), InMigrate | PostMigrate);
         let disks = self.machine.disks();
         Ok(disks.iter().map(|disk| block_info(disk, active)).collect())
+    }
+
+    fn balloon(&self, arguments: Balloon) -> Result<(), QmpError> {
+        if self.machine.config().balloon.is_none() {
+            return Err(no_balloon());
+        }
+        self.machine.set_balloon(arguments.value).map_err(generic)
+    }
+
+    fn query_balloon(&self) -> Result<BalloonInfo, QmpError> {
+        let info = self.machine.balloon().ok_or_else(no_balloon)?;
+        let stats = info.statistics.into_iter();
+        Ok(BalloonInfo {
+            actual: info.actual,
+            stats: stats
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect(),
+        })
     }
 
     fn query_kvm(&self) -> Result<KvmInfo, QmpError> {
@@ -175,6 +193,9 @@ impl Handler for Monitor {
                     MigrationCapability::PauseBeforeSwitchover => {
                         settings.parameters.pause_before_switchover = state;
                     }
+                    MigrationCapability::FreePageHints => {
+                        settings.parameters.free_page_hints = state;
+                    }
                     MigrationCapability::ReturnPath => {}
                 }
             }
@@ -191,6 +212,10 @@ impl Handler for Monitor {
                 MigrationCapability::PauseBeforeSwitchover,
                 parameters.pause_before_switchover,
             ),
+            (
+                MigrationCapability::FreePageHints,
+                parameters.free_page_hints,
+            ),
         ]
         .map(|(capability, state)| MigrationCapabilityStatus { capability, state })
         .to_vec())
@@ -203,6 +228,14 @@ impl Handler for Monitor {
     fn query_dirty_rate(&self, arguments: QueryDirtyRate) -> Result<DirtyRateInfo, QmpError> {
         self.migrations.measured(arguments.calc_time_unit)
     }
+}
+
+/// In QEMU's words.
+fn no_balloon() -> QmpError {
+    QmpError::new(
+        ErrorClass::DeviceNotActive,
+        "No balloon device has been activated",
+    )
 }
 
 fn block_info(disk: &DiskInfo, active: bool) -> BlockInfo {
@@ -273,6 +306,7 @@ fn migration_info(info: Info) -> MigrationInfo {
         pages_per_second: info.ram.pages_per_second,
         precopy_bytes: info.ram.precopy_bytes,
         downtime_bytes: info.ram.downtime_bytes,
+        x_vmferry_hinted_pages: info.ram.hinted,
         ..MigrationRamStats::default()
     });
     MigrationInfo {

@@ -4,6 +4,7 @@
 
 mod common;
 
+mod balloon;
 mod cancelled;
 mod clock;
 mod command_line;

@@ -16,6 +16,7 @@ use crate::devices::MmioDevice;
 use crate::memory::{GuestMemory, GuestRam};
 use crate::vcpu::{Gate, Wanted};
 
+mod balloon;
 mod blk;
 mod console;
 mod hostile;

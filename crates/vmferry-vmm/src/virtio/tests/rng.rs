@@ -121,7 +121,7 @@ fn threads_serve_stand_still_and_go_on() {
         console: Some(crate::SerialConfig::Null),
         ..config
     };
-    let devices = Devices::new(&config, &ram.memory, Box::new(|| {})).unwrap();
+    let devices = Devices::new(&config, &ram.memory, Box::new(|| {}), Box::new(drop)).unwrap();
     let bench = Bench {
         memory: ram.memory.clone(),
         slot: devices.slots()[1].clone(),
