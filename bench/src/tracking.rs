@@ -1,7 +1,7 @@
 //! What it costs to track a guest's writes, for who tracks them and for the guest.
 //!
 //! The machine runs in this process, so that each step can be timed. Its dirty log is driven as by a migration that
-//! goes on and on: sync, take all dirty pages, read them, sync again after [`PASS`]. Nothing is sent.
+//! goes on and on: sync, take all dirty pages, read them, sync again 100 ms after the last. Nothing is sent.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -150,7 +150,6 @@ fn start(cell: &Cell, socket: &Path) -> anyhow::Result<Arc<Machine>> {
         disks: Vec::new(),
         console: None,
         rng: false,
-        balloon: None,
         on_reset: OnReset::Shutdown,
         incoming: false,
     };
