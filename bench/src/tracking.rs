@@ -150,6 +150,7 @@ fn start(cell: &Cell, socket: &Path) -> anyhow::Result<Arc<Machine>> {
         disks: Vec::new(),
         console: None,
         rng: false,
+        balloon: None,
         on_reset: OnReset::Shutdown,
         incoming: false,
     };

@@ -7,7 +7,9 @@ use clap::{Args, Parser, Subcommand};
 use vmferry_control::units::{parse_bandwidth, parse_duration, parse_size};
 use vmferry_engine::dirty_rate::Method;
 use vmferry_engine::{Discipline, Uri};
-use vmferry_vmm::{Access, Caching, DirtyLogChoice, DiskConfig, RingSize, SerialConfig};
+use vmferry_vmm::{
+    Access, BalloonConfig, Caching, DirtyLogChoice, DiskConfig, RingSize, SerialConfig,
+};
 
 /// Live migration and fault tolerance for KVM virtual machines.
 #[derive(Debug, Parser)]
@@ -108,6 +110,30 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     })
 }
 
+fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
+    let mut config = BalloonConfig::default();
+    for option in text.split(',').filter(|option| !option.is_empty()) {
+        let (name, value) = option.split_once('=').unwrap_or((option, ""));
+        let switch = match name {
+            "deflate-on-oom" => Some(&mut config.deflate_on_oom),
+            "free-page-hint" => Some(&mut config.free_page_hint),
+            "free-page-reporting" => Some(&mut config.free_page_reporting),
+            _ => None,
+        };
+        match (switch, value) {
+            (Some(switch), "on") => *switch = true,
+            (Some(switch), "off") => *switch = false,
+            _ => {
+                return Err(format!(
+                    "'{option}' is no option of a balloon: use deflate-on-oom=on|off, free-page-hint=on|off or \
+                     free-page-reporting=on|off"
+                ));
+            }
+        }
+    }
+    Ok(config)
+}
+
 fn parse_dirty_log(text: &str) -> Result<DirtyLogChoice, String> {
     match (text, text.split_once(':')) {
         ("auto", None) => Ok(DirtyLogChoice::Auto),
@@ -185,6 +211,17 @@ pub struct Run {
     /// A virtio device that gives the guest random numbers
     #[arg(long)]
     pub rng: bool,
+    /// A virtio balloon, by which the guest gives memory back, with the options deflate-on-oom, free-page-hint and
+    /// free-page-reporting (=on or =off). With hints (on), a migration leaves the guest's free pages out; with reporting
+    /// (off), they are given back to the host all the time
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_parser = parse_balloon
+    )]
+    pub balloon: Option<BalloonConfig>,
     /// Where the monitor (QMP) listens
     #[arg(long, value_name = "unix:PATH", value_parser = parse_monitor)]
     pub qmp: Option<PathBuf>,
@@ -303,6 +340,24 @@ mod tests {
     }
 
     #[test]
+    fn a_balloon_needs_no_options() {
+        let balloon =
+            |args: &[&str]| match Cli::try_parse_from([&["vmferry", "run"], args].concat()) {
+                Ok(Cli {
+                    command: Command::Run(run),
+                }) => run.balloon,
+                other => panic!("{other:?}"),
+            };
+        assert_eq!(balloon(&[]), None);
+        assert_eq!(
+            balloon(&["--balloon", "--rng"]),
+            Some(BalloonConfig::default())
+        );
+        let all = "deflate-on-oom=on,free-page-hint=off,free-page-reporting=on";
+        assert_eq!(balloon(&["--balloon", all]).unwrap().to_string(), all);
+    }
+
+    #[test]
     fn bad_values_are_explained() {
         for (args, part) in [
             (&["run", "--kernel", "guest:nobody"][..], "there is dirtier"),
@@ -311,6 +366,11 @@ mod tests {
             (&["run", "--disk", "path=a,ro=maybe"], "'ro=maybe'"),
             (&["run", "--disk", "a.img"], "'a.img' is no option"),
             (&["run", "--console", "tcp:1"], "file:PATH"),
+            (
+                &["run", "--balloon", "free-page-hint=no"],
+                "'free-page-hint=no'",
+            ),
+            (&["run", "--balloon", "large"], "deflate-on-oom=on|off"),
             (&["run", "--incoming", "nowhere"], "tcp:HOST:PORT"),
             (&["run", "--memory", "1.5.2G"], "1.5.2G"),
             (&["run", "--dirty-log", "bitmap"], "ring:ENTRIES"),
