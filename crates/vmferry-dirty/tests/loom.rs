@@ -324,7 +324,7 @@ fn a_page_in_use_again_is_not_lost() {
 }
 
 /// A guest has said that page 0 is free, but before that is heard a sync comes, the guest is told that its round is
-/// over, and uses the page again.
+/// over, and uses the page again. No other round follows: the migration is about to end.
 #[test]
 fn a_hint_that_comes_late_changes_nothing() {
     check_with_three_switches(|discipline| {
@@ -335,7 +335,6 @@ fn a_hint_that_comes_late_changes_nothing() {
         migration.pass(&mut sent);
         migration.tracker.sync().unwrap();
         migration.guest.write(0, 1);
-        migration.tracker.begin_hints();
         migration.tracker.sync().unwrap();
         migration.pass(&mut sent);
         balloon.join().unwrap();
