@@ -8,17 +8,21 @@ use vmferry_rig::{Debian, RigError, default_cache};
 
 use crate::common::lab::Lab;
 use crate::common::say;
-use crate::linux;
+use crate::{balloon, linux};
 
 /// Names the guest's kernel in the rig.
 pub const KERNEL: &str = "VMFERRY_TEST_KERNEL";
 /// Names its initial RAM disk in the rig.
 pub const INITRD: &str = "VMFERRY_TEST_INITRD";
+/// Names that of a guest with a balloon.
+pub const BALLOON_INITRD: &str = "VMFERRY_TEST_BALLOON_INITRD";
 
 /// What a Linux guest boots from.
 pub struct Images {
     pub kernel: PathBuf,
     pub initrd: PathBuf,
+    /// The initial RAM disk of a guest with a balloon.
+    pub balloon: PathBuf,
 }
 
 /// A place for a test with a Linux guest. None, loudly, where it cannot run.
@@ -41,15 +45,18 @@ pub fn lab(test: &str) -> Option<(Lab, Images)> {
 }
 
 fn images(lab: &Lab) -> Result<Images, RigError> {
-    if let (Some(kernel), Some(initrd)) = (env::var_os(KERNEL), env::var_os(INITRD)) {
+    let names = [KERNEL, INITRD, BALLOON_INITRD];
+    if let [Some(kernel), Some(initrd), Some(balloon)] = names.map(env::var_os) {
         return Ok(Images {
             kernel: kernel.into(),
             initrd: initrd.into(),
+            balloon: balloon.into(),
         });
     }
     let debian = Debian::get(&default_cache())?;
     Ok(Images {
         kernel: debian.kernel().to_owned(),
         initrd: linux::initrd(&debian, lab)?,
+        balloon: balloon::initrd(&debian, lab)?,
     })
 }

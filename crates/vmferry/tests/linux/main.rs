@@ -8,6 +8,7 @@
 #[path = "../it/common/mod.rs"]
 mod common;
 
+mod balloon;
 mod host;
 mod linux;
 mod migration;
@@ -21,7 +22,7 @@ use vmferry_rig::{Debian, Rig, RigError, default_cache};
 use common::command::VMFERRY;
 use common::lab::Lab;
 use common::say;
-use host::{INITRD, KERNEL};
+use host::{BALLOON_INITRD, INITRD, KERNEL};
 
 /// Bounds everything in here, where a test that hangs would otherwise hang all.
 const TIMEOUT: Duration = Duration::from_secs(400);
@@ -48,6 +49,7 @@ fn in_the_rig() {
 fn run(lab: &Lab) -> Result<u8, RigError> {
     let debian = Debian::get(&default_cache())?;
     let initrd = linux::initrd(&debian, lab)?;
+    let balloon = balloon::initrd(&debian, lab)?;
     let this = std::env::current_exe().expect("Linux tells");
     let this = this.to_str().expect("its path is UTF-8");
     let mut rig = Rig::new([this, "--test-threads=1"]);
@@ -55,8 +57,10 @@ fn run(lab: &Lab) -> Result<u8, RigError> {
         .with(VMFERRY)
         .with(debian.kernel())
         .with(&initrd)
+        .with(&balloon)
         .env(KERNEL, &debian.kernel().display().to_string())
         .env(INITRD, &initrd.display().to_string())
+        .env(BALLOON_INITRD, &balloon.display().to_string())
         .timeout(TIMEOUT);
     Ok(rig.run(&debian, io::stderr(), io::stderr())?.status)
 }
