@@ -20,9 +20,10 @@ fn steady() -> Shape {
     }
 }
 
-/// What may be measured of it in one second, in pages. On a busy host the guest comes to much less; how exact the
-/// measurement is, the engine's own tests know.
-const IN_A_SECOND: RangeInclusive<u64> = 1_000..=18_000;
+/// What may be measured of it in one second, in pages. On a busy host the guest comes to much less, and pages that it
+/// only reads are logged too while huge pages are being split; how exact the measurement is, the engine's own tests
+/// know.
+const IN_A_SECOND: RangeInclusive<u64> = 1_000..=24_000;
 
 fn measure(vm: &Vm, more: &[&str]) -> Finished {
     vm.command("dirty-rate", more)
@@ -71,7 +72,7 @@ fn a_known_rate() {
     );
     let answer = guest.vm.execute("query-dirty-rate", Value::Null);
     assert_eq!(answer["calc-time"], 3);
-    assert!((300..=6_500).contains(&pages(&answer)), "{answer}");
+    assert!((300..=8_000).contains(&pages(&answer)), "{answer}");
 
     guest.vm.execute("stop", Value::Null);
     let answer = measure(
