@@ -225,6 +225,14 @@ fn a_disk_changes_hands_with_its_guest() {
     assert!(!disks.is_free());
 }
 
+/// Takes a running guest as far as the destination's LOADED.
+fn load_into(source: &Machine, destination: &Machine) {
+    assert_eq!(Guest::pause(source).unwrap(), Activity::Running);
+    let state = source.save_devices().unwrap();
+    copy_ram(source, destination);
+    destination.load_devices(&state).unwrap();
+}
+
 #[test]
 fn a_failed_hand_over_takes_the_disk_back() {
     if !kvm() {
@@ -233,10 +241,7 @@ fn a_failed_hand_over_takes_the_disk_back() {
     let disks = Disks::new();
     let (source, destination) = (disks.source(), disks.destination());
     // The destination fails, or dies, after it has loaded the guest.
-    assert_eq!(Guest::pause(&*source).unwrap(), Activity::Running);
-    let state = source.save_devices().unwrap();
-    copy_ram(&source, &destination);
-    destination.load_devices(&state).unwrap();
+    load_into(&source, &destination);
     assert!(disks.is_free(), "it belongs to nobody");
     Guest::resume(&*source, Activity::Running).unwrap();
     wait_for_progress(&source);
@@ -263,10 +268,7 @@ fn in_doubt_whoever_goes_on_first_has_the_disk() {
     }
     let disks = Disks::new();
     let (source, destination) = (disks.source(), disks.destination());
-    assert_eq!(Guest::pause(&*source).unwrap(), Activity::Running);
-    let state = source.save_devices().unwrap();
-    copy_ram(&source, &destination);
-    destination.load_devices(&state).unwrap();
+    load_into(&source, &destination);
     // The connection is lost where neither can know: both keep the guest, paused.
     Guest::resume(&*source, Activity::Paused).unwrap();
     destination.start(Activity::Paused, Duration::ZERO).unwrap();

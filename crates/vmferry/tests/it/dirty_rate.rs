@@ -206,11 +206,7 @@ fn a_migration_ends_a_measurement_that_has_the_log() {
 fn during_a_migration() {
     let Some(lab) = Lab::new() else { return };
     let mut guest = Guest::boot(&lab, Shape::small());
-    guest.vm.set_parameters(json!({"max-bandwidth": 4 << 20}));
-    let mut destination = guest.tcp_destination();
-    let uri = destination.uri();
-    guest.vm.execute("migrate", json!({"uri": uri}));
-    guest.vm.wait_for_status(MigrationStatus::Active);
+    let (_destination, _) = guest.begin_slow_migration();
     let words = guest.vm.refuse("calc-dirty-rate", long("dirty-bitmap"));
     assert!(
         words.contains("cannot be used during a migration") && words.contains("page-sampling"),

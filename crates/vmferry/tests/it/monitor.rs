@@ -160,11 +160,7 @@ fn a_migration_in_the_background() {
 fn one_migration_at_a_time() {
     let Some(lab) = Lab::new() else { return };
     let mut guest = Guest::boot(&lab, Shape::small());
-    guest.vm.set_parameters(json!({"max-bandwidth": 4 << 20}));
-    let mut destination = guest.tcp_destination();
-    let uri = destination.uri();
-    guest.vm.execute("migrate", json!({"uri": uri}));
-    guest.vm.wait_for_status(MigrationStatus::Active);
+    let (mut destination, uri) = guest.begin_slow_migration();
     let words = guest.vm.refuse("migrate", json!({"uri": uri}));
     assert_eq!(words, "There's a migration process in progress");
     let words = guest.vm.migrate_command(&uri, &[]).failed();

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use vmferry_control::schema::{MigrationInfo, RunState};
+use serde_json::json;
+use vmferry_control::schema::{MigrationInfo, MigrationStatus, RunState};
 use vmferry_guests::Heartbeat;
 
 use super::eventually;
@@ -92,6 +93,17 @@ impl<'a> Guest<'a> {
     /// A machine of the same shape that waits for it at a TCP port.
     pub fn tcp_destination(&self) -> Vm {
         self.destination("tcp:127.0.0.1:0")
+    }
+
+    /// Begins a migration that goes on for as long as nobody lifts its bandwidth limit. Gives back where the guest goes,
+    /// and the address there.
+    pub fn begin_slow_migration(&mut self) -> (Vm, String) {
+        self.vm.set_parameters(json!({"max-bandwidth": 4 << 20}));
+        let mut destination = self.tcp_destination();
+        let uri = destination.uri();
+        self.vm.execute("migrate", json!({"uri": uri}));
+        self.vm.wait_for_status(MigrationStatus::Active);
+        (destination, uri)
     }
 
     /// Takes note that the guest now is there. The process where it was ends.
