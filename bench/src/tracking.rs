@@ -148,6 +148,7 @@ fn start(cell: &Cell, socket: &Path) -> anyhow::Result<Arc<Machine>> {
         ),
         serial: SerialConfig::Unix(socket.to_owned()),
         disks: Vec::new(),
+        nets: Vec::new(),
         console: None,
         rng: false,
         balloon: None,

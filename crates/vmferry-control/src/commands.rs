@@ -9,10 +9,10 @@ use serde_json::{Map, Value};
 use crate::arguments;
 use crate::error::{ErrorClass, QmpError};
 use crate::schema::{
-    Balloon, BalloonInfo, BlockInfo, CalcDirtyRate, CpuInfoFast, DirtyRateInfo, KvmInfo, Migrate,
-    MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
-    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, NameInfo, QueryDirtyRate,
-    StatusInfo,
+    AnnounceSelf, Balloon, BalloonInfo, BlockInfo, CalcDirtyRate, CpuInfoFast, DirtyRateInfo,
+    KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
+    MigrateSetParameters, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, NameInfo,
+    QueryDirtyRate, StatusInfo,
 };
 
 /// Decodes the arguments, calls the handler, encodes the result.
@@ -113,6 +113,8 @@ commands! {
     "query-cpus-fast" => query_cpus_fast() -> Vec<CpuInfoFast>;
     /// The disks.
     "query-block" => query_block() -> Vec<BlockInfo>;
+    /// Has network interfaces tell their networks where the guest is.
+    "announce-self" => announce_self(arguments: AnnounceSelf) -> ();
     /// Asks the guest to make do with so many bytes of RAM.
     "balloon" => balloon(arguments: Balloon) -> ();
     /// How much RAM the guest has left.

@@ -11,6 +11,11 @@ use vmferry_dirty::log::RingSize;
 use crate::error::MachineError;
 use crate::layout::VIRTIO_MMIO_SLOTS;
 
+mod net;
+
+pub(crate) use net::Nic;
+pub use net::{BadMacAddress, MacAddress, NetBackend, NetConfig};
+
 /// The smallest RAM that a kernel, its command line and its tables fit into.
 const MIN_MEMORY: u64 = 16 << 20;
 
@@ -178,6 +183,8 @@ pub struct MachineConfig {
     pub serial: SerialConfig,
     /// Disks, as virtio block devices.
     pub disks: Vec<DiskConfig>,
+    /// Network interfaces.
+    pub nets: Vec<NetConfig>,
     /// A virtio console beside the serial port, and where it leads.
     pub console: Option<SerialConfig>,
     /// Whether there is a virtio device that gives random numbers.
@@ -197,6 +204,15 @@ impl MachineConfig {
             disk.id.clone().unwrap_or_else(|| format!("disk{place}"))
         };
         self.disks.iter().enumerate().map(name)
+    }
+
+    /// The network interfaces, each with its name and address, in their order.
+    pub(crate) fn nics(&self) -> impl Iterator<Item = Nic<'_>> {
+        self.nets.iter().enumerate().map(|(place, net)| Nic {
+            id: net.id.clone().unwrap_or_else(|| format!("net{place}")),
+            mac: net.mac.unwrap_or_else(|| MacAddress::default_of(place)),
+            backend: &net.backend,
+        })
     }
 
     /// Refuses what cannot be built. `max_cpus` is KVM's limit.
@@ -240,11 +256,28 @@ impl MachineConfig {
             );
         }
         let others = [self.console.is_some(), self.rng, self.balloon.is_some()];
-        let devices = self.disks.len() + others.iter().filter(|there| **there).count();
+        let devices =
+            self.disks.len() + self.nets.len() + others.iter().filter(|there| **there).count();
         if devices > VIRTIO_MMIO_SLOTS as usize {
             return refuse(format!(
                 "{devices} virtio devices are not possible: there are {VIRTIO_MMIO_SLOTS} slots"
             ));
+        }
+        let nics: Vec<_> = self.nics().collect();
+        for (place, nic) in nics.iter().enumerate() {
+            let before = &nics[..place];
+            if before.iter().any(|other| other.id == nic.id) {
+                let id = &nic.id;
+                return refuse(format!(
+                    "two interfaces are called '{id}': give each its own id"
+                ));
+            }
+            if before.iter().any(|other| other.mac == nic.mac) {
+                let mac = nic.mac;
+                return refuse(format!(
+                    "two interfaces have the address {mac}: give each its own (mac=)"
+                ));
+            }
         }
         let ids: Vec<_> = self.disk_ids().collect();
         for (place, id) in ids.iter().enumerate() {
@@ -280,6 +313,7 @@ pub(crate) mod tests {
             cmdline: String::new(),
             serial: SerialConfig::Null,
             disks: Vec::new(),
+            nets: Vec::new(),
             console: None,
             rng: false,
             balloon: None,

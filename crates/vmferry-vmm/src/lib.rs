@@ -15,7 +15,8 @@
 //! | `vcpu` | threads that run guest code, and the gate that holds them |
 //! | `devices` | the serial port and its back ends, the reset line of the i8042, the event device of ACPI |
 //! | `state` | everything that KVM and the devices know about the guest, out and in |
-//! | `virtio` | virtio-mmio, and the devices behind it: disks, a console, random numbers, a balloon |
+//! | `virtio` | virtio-mmio, and the devices behind it: disks, networks, a console, random numbers, a balloon |
+//! | `network` | interfaces, and how they announce a guest that has arrived |
 //! | `machine`, `migrate` | the whole, as its user and as the engine see it |
 
 mod acpi;
@@ -30,6 +31,7 @@ mod layout;
 mod machine;
 mod memory;
 mod migrate;
+mod network;
 mod reclaim;
 mod run_state;
 mod state;
@@ -41,11 +43,13 @@ mod virtio;
 
 pub use boot::BootError;
 pub use config::{
-    Access, Backing, BalloonConfig, Caching, DirtyLogChoice, DiskConfig, KernelSource,
-    MachineConfig, OnReset, SerialConfig,
+    Access, Backing, BadMacAddress, BalloonConfig, Caching, DirtyLogChoice, DiskConfig,
+    KernelSource, MacAddress, MachineConfig, NetBackend, NetConfig, OnReset, SerialConfig,
 };
 pub use dirty_log::DirtyLogKind;
 pub use error::MachineError;
 pub use machine::{BalloonInfo, DiskInfo, Machine, MachineEvent, OnEvent, ShutdownCause, VcpuInfo};
+pub use network::NicInfo;
 pub use run_state::RunState;
+pub use virtio::Announcement;
 pub use vmferry_dirty::log::RingSize;

@@ -27,7 +27,7 @@ use crate::state::machine::Description;
 use crate::state::msrs;
 use crate::supervisor;
 use crate::vcpu::{Gate, GuestRequest, Vcpu, VcpuThread, Wanted};
-use crate::virtio::{BalloonPort, Devices, Disk};
+use crate::virtio::{Announcement, BalloonPort, Devices, Disk};
 
 /// Something that happened to a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,6 +167,8 @@ pub struct Machine {
     power_on: PowerOn,
     threads: Vec<VcpuThread>,
     lifecycle: Mutex<Lifecycle>,
+    /// How the guest is announced when it arrives here.
+    announcement: Mutex<Announcement>,
     on_event: Arc<OnEvent>,
     supervisor: Mutex<Option<JoinHandle<()>>>,
 }
@@ -272,6 +274,7 @@ impl Machine {
             images,
             power_on,
             threads: Vec::new(),
+            announcement: Mutex::new(Announcement::default()),
             on_event,
             supervisor: Mutex::new(None),
         };
@@ -470,6 +473,12 @@ impl Machine {
         self.lifecycle
             .lock()
             .expect("no holder of the run state panics")
+    }
+
+    pub(crate) fn announcement(&self) -> MutexGuard<'_, Announcement> {
+        self.announcement
+            .lock()
+            .expect("no holder of the announcement panics")
     }
 
     pub(crate) fn emit(&self, event: MachineEvent) {

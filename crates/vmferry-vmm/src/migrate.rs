@@ -261,6 +261,7 @@ impl Guest for Machine {
         for disk in self.devices.disks() {
             disk.forget_cache();
         }
+        self.announce_arrival();
         match activity {
             Activity::Running => self.run(&mut lifecycle).map_err(GuestError::new),
             Activity::Paused => Ok(()),

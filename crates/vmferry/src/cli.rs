@@ -8,7 +8,8 @@ use vmferry_control::units::{parse_bandwidth, parse_duration, parse_size};
 use vmferry_engine::dirty_rate::Method;
 use vmferry_engine::{Discipline, Uri};
 use vmferry_vmm::{
-    Access, BalloonConfig, Caching, DirtyLogChoice, DiskConfig, RingSize, SerialConfig,
+    Access, BalloonConfig, Caching, DirtyLogChoice, DiskConfig, MacAddress, NetBackend, NetConfig,
+    RingSize, SerialConfig,
 };
 
 /// Live migration and fault tolerance for KVM virtual machines.
@@ -110,6 +111,37 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     })
 }
 
+fn parse_net(text: &str) -> Result<NetConfig, String> {
+    const USAGE: &str =
+        "use tap=NAME or unix=PATH[,type=stream|dgram][,local=PATH], with [,mac=ADDRESS][,id=NAME]";
+    let (mut tap, mut unix, mut local) = (None, None, None);
+    let (mut datagrams, mut mac, mut id) = (None, None, None);
+    for option in text.split(',') {
+        match option.split_once('=') {
+            Some(("tap", value)) if !value.is_empty() => tap = Some(value.to_owned()),
+            Some(("unix", value)) if !value.is_empty() => unix = Some(PathBuf::from(value)),
+            Some(("local", value)) if !value.is_empty() => local = Some(PathBuf::from(value)),
+            Some(("type", "stream")) => datagrams = Some(false),
+            Some(("type", "dgram")) => datagrams = Some(true),
+            Some(("mac", value)) => {
+                let address: MacAddress = value.parse().map_err(|e| format!("{e}"))?;
+                mac = Some(address);
+            }
+            Some(("id", value)) if !value.is_empty() => id = Some(value.to_owned()),
+            _ => return Err(format!("'{option}' is no option of a network: {USAGE}")),
+        }
+    }
+    let backend = match (tap, unix, datagrams, local) {
+        (Some(name), None, None, None) => NetBackend::Tap(name),
+        (None, Some(path), None | Some(false), None) => NetBackend::UnixStream(path),
+        (None, Some(remote), Some(true), local) => NetBackend::UnixDatagram { remote, local },
+        (None, Some(_), _, Some(_)) => return Err("local=PATH is for type=dgram".to_owned()),
+        (Some(_), ..) => return Err(format!("a TAP interface has no type and no path: {USAGE}")),
+        (None, None, ..) => return Err(format!("what to connect it to is missing: {USAGE}")),
+    };
+    Ok(NetConfig { backend, id, mac })
+}
+
 fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
     let mut config = BalloonConfig::default();
     for option in text.split(',').filter(|option| !option.is_empty()) {
@@ -205,6 +237,11 @@ pub struct Run {
     /// be given several times
     #[arg(long, value_name = "path=FILE,...", value_parser = parse_disk)]
     pub disk: Vec<DiskConfig>,
+    /// A network interface for the guest (virtio), connected to a TAP interface of the host (tap=NAME), or to a Unix
+    /// socket (unix=PATH): a stream as QEMU and passt use it, or datagrams (type=dgram, and local=PATH for those that
+    /// come). With the options mac=ADDRESS, which guests in one network need, and id=NAME. May be given several times
+    #[arg(long, value_name = "tap=NAME|unix=PATH,...", value_parser = parse_net)]
+    pub net: Vec<NetConfig>,
     /// A virtio console for the guest, and where it leads: stdio, null, file:PATH or unix:PATH
     #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
     pub console: Option<SerialConfig>,
@@ -365,6 +402,11 @@ mod tests {
             (&["run", "--disk", "ro=on"], "the path is missing"),
             (&["run", "--disk", "path=a,ro=maybe"], "'ro=maybe'"),
             (&["run", "--disk", "a.img"], "'a.img' is no option"),
+            (&["run", "--net", "id=a"], "what to connect it to"),
+            (&["run", "--net", "tap=a,type=dgram"], "no type"),
+            (&["run", "--net", "unix=a,local=b"], "for type=dgram"),
+            (&["run", "--net", "tap=a,mac=1"], "52:54:00:12:34:56"),
+            (&["run", "--net", "user"], "'user' is no option"),
             (&["run", "--console", "tcp:1"], "file:PATH"),
             (
                 &["run", "--balloon", "free-page-hint=no"],

@@ -1,6 +1,7 @@
 //! What goes over the wire: QEMU 10's names and units, as types.
 
 mod address;
+mod announce;
 mod as_text;
 mod balloon;
 mod block;
@@ -12,6 +13,7 @@ mod migration;
 mod parameters;
 
 pub use address::{Migrate, MigrateIncoming, SocketAddress};
+pub use announce::AnnounceSelf;
 pub use balloon::{Balloon, BalloonChangeData, BalloonInfo};
 pub use block::{BlockDeviceInfo, BlockInfo, BlockdevCacheInfo, DetectZeroes, ImageInfo};
 pub use capabilities::{MigrateSetCapabilities, MigrationCapability, MigrationCapabilityStatus};

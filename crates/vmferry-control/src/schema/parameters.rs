@@ -4,7 +4,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use vmferry_engine::Discipline;
 
-use super::as_text;
+use super::{announce, as_text};
 
 /// The largest `downtime-limit`, in milliseconds: QEMU's.
 pub const MAX_DOWNTIME_LIMIT_MS: u64 = 2_000_000;
@@ -20,6 +20,14 @@ pub const ARMING_CHUNK_BYTES: std::ops::RangeInclusive<u64> = 256 << 10..=8 << 4
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MigrationParameters {
+    /// Milliseconds from the first announcement of a guest that has arrived, which is made at once, to the second.
+    pub announce_initial: u64,
+    /// The most milliseconds between two announcements.
+    pub announce_max: u64,
+    /// How often a guest that has arrived is announced to its networks.
+    pub announce_rounds: u64,
+    /// Milliseconds by which each time between two announcements is longer than the one before.
+    pub announce_step: u64,
     /// Milliseconds that the guest may stand still at the hand-over, up to [`MAX_DOWNTIME_LIMIT_MS`].
     pub downtime_limit: u64,
     /// Bytes per second that the migration may send while the guest runs; 0 for no limit.
@@ -38,12 +46,20 @@ impl MigrationParameters {
     /// Puts the given values in force and keeps the others.
     pub fn apply(&mut self, changes: MigrateSetParameters) {
         let MigrateSetParameters {
+            announce_initial,
+            announce_max,
+            announce_rounds,
+            announce_step,
             downtime_limit,
             max_bandwidth,
             x_vmferry_discipline,
             x_vmferry_arming_chunk,
             x_vmferry_peer_timeout,
         } = changes;
+        self.announce_initial = announce_initial.unwrap_or(self.announce_initial);
+        self.announce_max = announce_max.unwrap_or(self.announce_max);
+        self.announce_rounds = announce_rounds.unwrap_or(self.announce_rounds);
+        self.announce_step = announce_step.unwrap_or(self.announce_step);
         self.downtime_limit = downtime_limit.unwrap_or(self.downtime_limit);
         self.max_bandwidth = max_bandwidth.unwrap_or(self.max_bandwidth);
         self.x_vmferry_discipline = x_vmferry_discipline.unwrap_or(self.x_vmferry_discipline);
@@ -57,6 +73,30 @@ impl MigrationParameters {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct MigrateSetParameters {
+    /// Milliseconds, up to 100,000.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "announce_initial"
+    )]
+    pub announce_initial: Option<u64>,
+    /// Milliseconds, up to 100,000.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "announce_max"
+    )]
+    pub announce_max: Option<u64>,
+    /// A number, up to 1000.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "announce_rounds"
+    )]
+    pub announce_rounds: Option<u64>,
+    /// Milliseconds, up to 10,000.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "announce_step"
+    )]
+    pub announce_step: Option<u64>,
     /// Milliseconds.
     #[serde(
         skip_serializing_if = "Option::is_none",
@@ -81,6 +121,22 @@ pub struct MigrateSetParameters {
         deserialize_with = "peer_timeout"
     )]
     pub x_vmferry_peer_timeout: Option<u64>,
+}
+
+fn announce_initial<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    announce::initial(deserializer).map(Some)
+}
+
+fn announce_max<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    announce::max(deserializer).map(Some)
+}
+
+fn announce_rounds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    announce::rounds(deserializer).map(Some)
+}
+
+fn announce_step<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    announce::step(deserializer).map(Some)
 }
 
 fn downtime_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {

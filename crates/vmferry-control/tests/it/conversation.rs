@@ -115,7 +115,7 @@ fn commands_are_listed_and_every_one_is_there() {
         .iter()
         .map(|command| command["name"].as_str().unwrap())
         .collect();
-    assert_eq!(names.len(), 26);
+    assert_eq!(names.len(), 27);
     for name in names {
         let reply = wire.ask(json!({"execute": name, "arguments": {"foo": 1}}).to_string());
         let expected = match name {
@@ -136,13 +136,17 @@ fn parameters_are_set_and_read() {
     let mut wire = rig.negotiated();
     let reply = wire.ask(
         r#"{"execute": "migrate-set-parameters", "arguments":
-            {"downtime-limit": 2000000, "max-bandwidth": 18446744073709551615,
+            {"announce-rounds": 7, "downtime-limit": 2000000, "max-bandwidth": 18446744073709551615,
              "x-vmferry-discipline": "slice-lock"}}"#,
     );
     assert_eq!(reply, json!({"return": {}}));
     assert_eq!(
         wire.ask(r#"{"execute": "query-migrate-parameters"}"#)["return"],
         json!({
+            "announce-initial": 50,
+            "announce-max": 550,
+            "announce-rounds": 7,
+            "announce-step": 100,
             "downtime-limit": 2_000_000,
             "max-bandwidth": u64::MAX,
             "x-vmferry-discipline": "slice-lock",
@@ -162,6 +166,10 @@ fn parameters_are_set_and_read() {
         (
             json!({"x-vmferry-arming-chunk": 4096}),
             "Parameter 'x-vmferry-arming-chunk' expects an integer in the range of 262144 to 8796093022208 bytes",
+        ),
+        (
+            json!({"announce-step": 10_001}),
+            "Parameter 'announce_step' expects a value between 0 and 10000 ms",
         ),
         (
             json!({"x-vmferry-peer-timeout": 0}),

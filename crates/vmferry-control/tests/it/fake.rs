@@ -74,6 +74,10 @@ impl Handler for FakeMachine {
         }])
     }
 
+    fn announce_self(&self, _: AnnounceSelf) -> Result<(), QmpError> {
+        Ok(())
+    }
+
     fn query_block(&self) -> Result<Vec<BlockInfo>, QmpError> {
         let path = "/images/root.raw";
         let inserted = BlockDeviceInfo {
@@ -285,6 +289,10 @@ impl Rig {
             state: Mutex::new(State {
                 status: RunState::Prelaunch,
                 parameters: MigrationParameters {
+                    announce_initial: 50,
+                    announce_max: 550,
+                    announce_rounds: 5,
+                    announce_step: 100,
                     downtime_limit: 300,
                     max_bandwidth: 0,
                     x_vmferry_discipline: Discipline::LockFree,

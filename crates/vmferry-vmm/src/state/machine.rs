@@ -11,7 +11,7 @@ use crate::error::MachineError;
 /// The section that describes a machine.
 pub(crate) const SECTION: SectionKind = SectionKind {
     name: "vmferry/machine",
-    version: 2,
+    version: 3,
 };
 
 /// How far two hosts' TSC frequencies may be apart without scaling: what Linux's clock keeping tolerates.

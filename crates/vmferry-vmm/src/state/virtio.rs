@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::SectionKind;
 use super::machine::size;
-use crate::config::{Access, BalloonConfig};
+use crate::config::{Access, BalloonConfig, MacAddress};
 use crate::error::MachineError;
 use crate::virtio::Kind;
 
@@ -16,6 +16,7 @@ use crate::virtio::Kind;
 pub(crate) fn section(kind: Kind) -> SectionKind {
     let name = match kind {
         Kind::Block => "vmferry/virtio-blk",
+        Kind::Network => "vmferry/virtio-net",
         Kind::Console => "vmferry/virtio-console",
         Kind::Rng => "vmferry/virtio-rng",
         Kind::Balloon => "vmferry/virtio-balloon",
@@ -31,6 +32,11 @@ pub(crate) enum DeviceDescription {
         sectors: u64,
         access: Access,
     },
+    Network {
+        mac: MacAddress,
+        /// Whether the driver may leave checksums and segments to the host.
+        offloads: bool,
+    },
     Console,
     Rng,
     Balloon(BalloonConfig),
@@ -40,6 +46,7 @@ impl fmt::Display for DeviceDescription {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             DeviceDescription::Block { id, .. } => write!(f, "disk '{}'", id.escape_debug()),
+            DeviceDescription::Network { mac, .. } => write!(f, "interface {mac}"),
             DeviceDescription::Console => f.write_str("a virtio console"),
             DeviceDescription::Rng => f.write_str("a virtio random number generator"),
             DeviceDescription::Balloon(config) => write!(f, "a balloon ({config})"),
@@ -57,6 +64,13 @@ impl DeviceDescription {
                     Access::ReadOnly => ",ro=on",
                 };
                 format!("--disk path=IMAGE,id={}{ro}", id.escape_debug())
+            }
+            DeviceDescription::Network { mac, offloads } => {
+                let backend = match offloads {
+                    true => "tap=NAME",
+                    false => "unix=PATH",
+                };
+                format!("--net {backend},mac={mac}")
             }
             DeviceDescription::Console => "--console WHERE".to_owned(),
             DeviceDescription::Rng => "--rng".to_owned(),
@@ -91,7 +105,7 @@ pub(crate) fn accepts(
             list(source),
             list(here),
             match options.is_empty() {
-                true => "without --disk, --console, --rng and --balloon".to_owned(),
+                true => "without --disk, --net, --console, --rng and --balloon".to_owned(),
                 false => format!("with {}", options.join(" ")),
             }
         )));
@@ -156,7 +170,7 @@ mod tests {
         assert_eq!(
             refusal(&source, &[]),
             "the source has no virtio devices, this machine has disk 'root', a virtio random number generator: start \
-             it without --disk, --console, --rng and --balloon"
+             it without --disk, --net, --console, --rng and --balloon"
         );
         let smaller = [disk("root", 1 << 20), DeviceDescription::Rng];
         assert_eq!(

@@ -42,6 +42,7 @@ fn config(cpus: u32, serial: &Path) -> MachineConfig {
         cmdline: "console=ttyS0".into(),
         serial: SerialConfig::File(serial.to_owned()),
         disks: Vec::new(),
+        nets: Vec::new(),
         console: None,
         rng: false,
         balloon: None,

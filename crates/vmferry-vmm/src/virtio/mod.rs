@@ -6,7 +6,7 @@
 //! | `transport` | the registers of a slot and the device's life: reset, negotiation, running, broken |
 //! | `slot` | a transport with its eventfds: what KVM and the device's thread hold of it |
 //! | `threads` | one thread a device, and the gate that holds them all |
-//! | `rng`, `console`, `blk`, `balloon` | devices |
+//! | `rng`, `console`, `blk`, `net`, `balloon` | devices |
 //!
 //! # Who may do what
 //!
@@ -27,6 +27,7 @@ mod balloon;
 mod blk;
 mod chain;
 mod console;
+mod net;
 mod queue;
 mod rng;
 mod slot;
@@ -35,6 +36,7 @@ mod tests;
 mod threads;
 mod transport;
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -45,6 +47,8 @@ pub(crate) use balloon::{Balloon, BalloonPort};
 pub(crate) use blk::{Block, Disk};
 pub(crate) use chain::{Broken, Chain};
 pub(crate) use console::Console;
+pub use net::Announcement;
+pub(crate) use net::{Announcer, Network};
 pub(crate) use queue::Requests;
 pub(crate) use rng::Rng;
 pub(crate) use threads::Devices;
@@ -54,6 +58,7 @@ pub(crate) use transport::SavedTransport;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Block,
+    Network,
     Console,
     Rng,
     Balloon,
@@ -64,6 +69,7 @@ impl Kind {
     pub fn id(self) -> u32 {
         match self {
             Kind::Block => virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK,
+            Kind::Network => virtio_bindings::virtio_ids::VIRTIO_ID_NET,
             Kind::Console => virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE,
             Kind::Rng => virtio_bindings::virtio_ids::VIRTIO_ID_RNG,
             Kind::Balloon => virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON,
@@ -74,6 +80,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Kind::Block => "virtio-blk",
+            Kind::Network => "virtio-net",
             Kind::Console => "virtio-console",
             Kind::Rng => "virtio-rng",
             Kind::Balloon => "virtio-balloon",
@@ -119,6 +126,12 @@ pub(crate) trait VirtioDevice: Send {
     /// Serves what waits in queue `index`, until there is no more or `requests` says that it is enough.
     fn serve(&mut self, index: usize, requests: &mut Requests<'_>) -> Result<(), Broken>;
 
+    /// What the device's thread is to wait for beside its queues' kicks; asked anew before each wait, while the driver
+    /// uses the device. A queue that is not set up is not served, and so its watches count for nothing.
+    fn watches(&self) -> Vec<Watch> {
+        Vec::new()
+    }
+
     /// What the device knows beside its configuration and its queues.
     fn save(&self) -> Vec<u8> {
         Vec::new()
@@ -134,6 +147,16 @@ pub(crate) trait VirtioDevice: Send {
             ))),
         }
     }
+}
+
+/// A descriptor that a device's thread waits for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Watch {
+    pub fd: RawFd,
+    /// What makes it ready, as for `poll`.
+    pub events: i16,
+    /// The queue to serve when it is.
+    pub queue: usize,
 }
 
 /// One event for each queue, with which KVM (for the driver) or a back end has the device's thread look at it.

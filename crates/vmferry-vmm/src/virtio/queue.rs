@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Broken, Chain};
@@ -12,6 +13,10 @@ use super::{event, signal};
 use crate::error::MachineError;
 use crate::memory::GuestMemory;
 use crate::vcpu::Gate;
+
+/// Bytes of a used ring before its entries, and of an entry.
+const USED_RING: u64 = 4;
+const USED_ENTRY: u64 = 8;
 
 /// A device's interrupt line and the register that says why it was raised.
 pub(crate) struct Interrupt {
@@ -94,6 +99,11 @@ impl<'a> Requests<'a> {
         }
     }
 
+    /// How many buffers the queue can hold.
+    pub fn size(&self) -> usize {
+        self.queue.size().into()
+    }
+
     /// The next request. None when there are no more, when the machine is to stand still, or when this queue has had
     /// its share; what is left then waits in the ring (see [`more`](Self::more)).
     pub fn next(&mut self) -> Result<Option<Chain>, Broken> {
@@ -126,6 +136,38 @@ impl<'a> Requests<'a> {
             self.interrupt.used();
         }
         Ok(())
+    }
+
+    /// Gives requests back that the driver must find together or not at all, each with the number of bytes written to it.
+    pub fn complete_together(&mut self, done: &[(&Chain, u32)]) -> Result<(), Broken> {
+        let Some(((last, written), others)) = done.split_last() else {
+            return Ok(());
+        };
+        if others.is_empty() {
+            return self.complete(last, *written);
+        }
+        // The ring's entries first, but for the last, whose publication is that of all.
+        for (chain, written) in others {
+            let next = self.queue.next_used();
+            let entry = u64::from(next % self.queue.size()) * USED_ENTRY;
+            let at = GuestAddress(self.queue.used_ring() + USED_RING + entry);
+            let element = [u32::from(chain.head()), *written].map(u32::to_le_bytes);
+            self.memory
+                .write_slice(element.as_flattened(), at)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            self.queue.set_next_used(next.wrapping_add(1));
+        }
+        self.queue.add_used(self.memory, last.head(), *written)?;
+        // It takes notice of the last entry only: an interrupt too many does no harm.
+        self.queue.needs_notification(self.memory)?;
+        self.interrupt.used();
+        Ok(())
+    }
+
+    /// Leaves the last `count` requests in the ring: they will be the next ones again.
+    pub fn put_back(&mut self, count: u16) {
+        let next = self.queue.next_avail().wrapping_sub(count);
+        self.queue.set_next_avail(next);
     }
 
     /// Whether the queue has had its share and may hold more.

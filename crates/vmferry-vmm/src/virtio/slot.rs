@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::Interrupt;
 use super::transport::{After, SavedTransport, Transport};
-use super::{Kicks, Kind, VirtioDevice, event, signal};
+use super::{Kicks, Kind, VirtioDevice, Watch, event, signal};
 use crate::devices::{MmioDevice, WriteEffect};
 use crate::error::{Attempt, MachineError};
 use crate::layout::{virtio_irq, virtio_slot};
@@ -77,6 +77,11 @@ impl Slot {
         for kick in self.kicks.all() {
             signal(kick);
         }
+    }
+
+    /// What the device's thread is to wait for beside the queues' kicks.
+    pub fn watches(&self) -> Vec<Watch> {
+        self.transport().watches()
     }
 
     /// Serves one queue's share. Called by the device's thread.

@@ -10,7 +10,10 @@ use kvm_ioctls::VmFd;
 use super::balloon::OnChange;
 use super::console::InputGate;
 use super::slot::Slot;
-use super::{Balloon, BalloonPort, Block, Console, Disk, Kicks, Kind, Rng, VirtioDevice, signal};
+use super::{
+    Announcement, Announcer, Balloon, BalloonPort, Block, Console, Disk, Kicks, Kind, Network, Rng,
+    VirtioDevice, signal,
+};
 use crate::config::MachineConfig;
 use crate::devices::{BackendEvents, MmioRange};
 use crate::error::MachineError;
@@ -23,6 +26,7 @@ use crate::vcpu::{Gate, Pass, Wanted};
 pub(crate) struct Devices {
     slots: Vec<Arc<Slot>>,
     disks: Vec<Arc<Disk>>,
+    announcers: Vec<Announcer>,
     console: Option<InputGate>,
     balloon: Option<BalloonPort>,
     gate: Arc<Gate>,
@@ -53,6 +57,12 @@ impl Devices {
             )?;
             disks.push(disk);
         }
+        let mut announcers = Vec::new();
+        for nic in config.nics() {
+            let device = Network::new(nic.backend, &nic.id, nic.mac)?;
+            announcers.push(device.announcer());
+            add(Box::new(device), Kicks::new(Network::QUEUES)?)?;
+        }
         let mut console = None;
         if let Some(port) = &config.console {
             let kicks = Kicks::new(Console::QUEUES)?;
@@ -74,6 +84,7 @@ impl Devices {
         let mut devices = Devices {
             slots,
             disks,
+            announcers,
             console,
             balloon,
             gate,
@@ -113,7 +124,7 @@ impl Devices {
 
     /// The devices, as far as the guest can tell.
     pub fn describe(&self, config: &MachineConfig) -> Vec<DeviceDescription> {
-        let mut disks = self.disks.iter();
+        let (mut disks, mut nics) = (self.disks.iter(), config.nics());
         let describe = |slot: &Arc<Slot>| match slot.kind() {
             Kind::Block => {
                 let disk = disks.next().expect("every block device has a disk");
@@ -121,6 +132,13 @@ impl Devices {
                     id: disk.id().to_owned(),
                     sectors: disk.sectors(),
                     access: disk.access(),
+                }
+            }
+            Kind::Network => {
+                let nic = nics.next().expect("every network device has its interface");
+                DeviceDescription::Network {
+                    mac: nic.mac,
+                    offloads: nic.backend.offloads(),
                 }
             }
             Kind::Console => DeviceDescription::Console,
@@ -135,6 +153,11 @@ impl Devices {
     /// The disks, in their order.
     pub fn disks(&self) -> &[Arc<Disk>] {
         &self.disks
+    }
+
+    /// Has interface number `place` tell its network where it is, as soon as the devices work.
+    pub fn announce(&self, place: usize, announcement: Announcement) {
+        self.announcers[place].start(announcement);
     }
 
     /// The balloon, if there is one.
@@ -196,14 +219,19 @@ impl Drop for Devices {
 /// The life of a device's thread.
 fn run(slot: &Slot, gate: &Gate) {
     let kicks = slot.kicks().all();
-    let entry = |fd: i32| libc::pollfd {
+    let entry = |fd: i32, events| libc::pollfd {
         fd,
-        events: libc::POLLIN,
+        events,
         revents: 0,
     };
-    let mut fds = vec![entry(slot.bell().as_raw_fd())];
-    fds.extend(kicks.iter().map(|kick| entry(kick.as_raw_fd())));
+    let mut fds = vec![entry(slot.bell().as_raw_fd(), libc::POLLIN)];
+    let kick_fds = kicks.iter().map(|kick| kick.as_raw_fd());
+    fds.extend(kick_fds.map(|fd| entry(fd, libc::POLLIN)));
+    let own = fds.len();
     while gate.pass(|| {}) == Pass::Run {
+        let watches = slot.watches();
+        fds.truncate(own);
+        fds.extend(watches.iter().map(|watch| entry(watch.fd, watch.events)));
         // SAFETY: `fds` is an array of that many entries, which poll fills in.
         let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
         if ready < 0 {
@@ -219,6 +247,11 @@ fn run(slot: &Slot, gate: &Gate) {
             if fds[queue + 1].revents != 0 {
                 let _ = kick.read();
                 slot.serve(queue, gate);
+            }
+        }
+        for (watch, fd) in watches.iter().zip(&fds[own..]) {
+            if fd.revents != 0 {
+                slot.serve(watch.queue, gate);
             }
         }
     }

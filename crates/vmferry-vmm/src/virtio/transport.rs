@@ -21,7 +21,7 @@ use virtio_queue::{Queue, QueueT};
 
 use super::chain::Broken;
 use super::queue::{Interrupt, Requests, SavedQueue};
-use super::{Kind, VirtioDevice};
+use super::{Kind, VirtioDevice, Watch};
 use crate::error::MachineError;
 use crate::memory::GuestMemory;
 use crate::vcpu::Gate;
@@ -348,12 +348,27 @@ impl Transport {
         }
     }
 
+    /// What the device's thread is to wait for beside the queues' kicks: nothing that it would not serve.
+    pub fn watches(&self) -> Vec<Watch> {
+        let mut watches = match self.is_at_work() {
+            true => self.device.watches(),
+            false => Vec::new(),
+        };
+        watches.retain(|watch| self.queues[watch.queue].ready());
+        watches
+    }
+
+    /// Whether the driver uses the device, and may.
+    fn is_at_work(&self) -> bool {
+        self.stage == Stage::Running && self.health == Health::Good
+    }
+
     /// Serves queue `index`. Whether it may hold more than its turn allowed.
     pub fn serve(&mut self, index: usize, interrupt: &Interrupt, gate: &Gate) -> bool {
-        let queue = &mut self.queues[index];
-        if self.stage != Stage::Running || self.health == Health::Broken || !queue.ready() {
+        if !self.is_at_work() || !self.queues[index].ready() {
             return false;
         }
+        let queue = &mut self.queues[index];
         let mut requests = Requests::new(&self.memory, queue, interrupt, gate);
         match self.device.serve(index, &mut requests) {
             Ok(()) => requests.more(),

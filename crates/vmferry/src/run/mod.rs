@@ -103,6 +103,7 @@ fn config(options: &cli::Run) -> MachineConfig {
         cmdline: options.cmdline.clone(),
         serial: options.serial.clone(),
         disks: options.disk.clone(),
+        nets: options.net.clone(),
         console: options.console.clone(),
         rng: options.rng,
         balloon: options.balloon,

@@ -5,16 +5,16 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use vmferry_control::schema::{
-    Balloon, BalloonInfo, BlockDeviceInfo, BlockInfo, BlockdevCacheInfo, CalcDirtyRate,
-    CpuInfoFast, CpuInstanceProperties, DetectZeroes, DirtyRateInfo, DirtyTracking, ImageInfo,
-    KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
+    AnnounceSelf, Balloon, BalloonInfo, BlockDeviceInfo, BlockInfo, BlockdevCacheInfo,
+    CalcDirtyRate, CpuInfoFast, CpuInstanceProperties, DetectZeroes, DirtyRateInfo, DirtyTracking,
+    ImageInfo, KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
     MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
     MigrationParameters, MigrationRamStats, MigrationStatus, NameInfo, QueryDirtyRate, RunState,
     ShutdownCause, SocketAddress, StatusInfo,
 };
 use vmferry_control::{ErrorClass, Handler, QmpError};
 use vmferry_engine::{ArmingChunk, Info, Parameters, Status};
-use vmferry_vmm::{Access, Caching, DiskInfo, Machine};
+use vmferry_vmm::{Access, Announcement, Caching, DiskInfo, Machine};
 
 use super::Exit;
 use super::migrations::{Migrations, OnFailure, Settings};
@@ -78,6 +78,15 @@ impl Handler for Monitor {
         let active = !matches!(self.machine.run_state(), InMigrate | PostMigrate);
         let disks = self.machine.disks();
         Ok(disks.iter().map(|disk| block_info(disk, active)).collect())
+    }
+
+    fn announce_self(&self, arguments: AnnounceSelf) -> Result<(), QmpError> {
+        let times = [arguments.initial, arguments.step, arguments.max];
+        let announcement = announcement(arguments.rounds, times);
+        let interfaces = arguments.interfaces.as_deref();
+        self.machine
+            .announce(announcement, interfaces)
+            .map_err(generic)
     }
 
     fn balloon(&self, arguments: Balloon) -> Result<(), QmpError> {
@@ -158,8 +167,12 @@ impl Handler for Monitor {
 
     fn migrate_set_parameters(&self, arguments: MigrateSetParameters) -> Result<(), QmpError> {
         self.migrations.change(|settings| {
-            let mut all = parameters(&settings.parameters);
+            let mut all = parameters(settings);
             all.apply(arguments);
+            settings.announcement = announcement(
+                all.announce_rounds,
+                [all.announce_initial, all.announce_step, all.announce_max],
+            );
             settings.parameters = Parameters {
                 downtime_limit: Duration::from_millis(all.downtime_limit),
                 max_bandwidth: (all.max_bandwidth > 0).then_some(all.max_bandwidth),
@@ -173,7 +186,7 @@ impl Handler for Monitor {
     }
 
     fn query_migrate_parameters(&self) -> Result<MigrationParameters, QmpError> {
-        Ok(parameters(&self.migrations.settings().parameters))
+        Ok(parameters(&self.migrations.settings()))
     }
 
     fn migrate_set_capabilities(&self, arguments: MigrateSetCapabilities) -> Result<(), QmpError> {
@@ -204,7 +217,9 @@ impl Handler for Monitor {
     }
 
     fn query_migrate_capabilities(&self) -> Result<Vec<MigrationCapabilityStatus>, QmpError> {
-        let Settings { parameters, events } = self.migrations.settings();
+        let Settings {
+            parameters, events, ..
+        } = self.migrations.settings();
         Ok([
             (MigrationCapability::Events, events),
             (MigrationCapability::ReturnPath, true),
@@ -276,8 +291,25 @@ fn block_info(disk: &DiskInfo, active: bool) -> BlockInfo {
     }
 }
 
-fn parameters(engine: &Parameters) -> MigrationParameters {
+/// An announcement of so many rounds; the times are in milliseconds.
+fn announcement(rounds: u64, times: [u64; 3]) -> Announcement {
+    let [initial, step, max] = times.map(Duration::from_millis);
+    Announcement {
+        // Within its range, which is small.
+        rounds: rounds as u32,
+        initial,
+        step,
+        max,
+    }
+}
+
+fn parameters(settings: &Settings) -> MigrationParameters {
+    let (engine, announcement) = (&settings.parameters, &settings.announcement);
     MigrationParameters {
+        announce_initial: millis(announcement.initial),
+        announce_max: millis(announcement.max),
+        announce_rounds: announcement.rounds.into(),
+        announce_step: millis(announcement.step),
         downtime_limit: millis(engine.downtime_limit),
         max_bandwidth: engine.max_bandwidth.unwrap_or(0),
         x_vmferry_discipline: engine.discipline,

@@ -20,6 +20,7 @@ mod balloon;
 mod blk;
 mod console;
 mod hostile;
+mod net;
 mod rng;
 mod transport;
 
