@@ -48,4 +48,5 @@ pub use dirty_log::DirtyLogKind;
 pub use error::MachineError;
 pub use machine::{BalloonInfo, DiskInfo, Machine, MachineEvent, OnEvent, ShutdownCause, VcpuInfo};
 pub use run_state::RunState;
+pub use virtio::DiskIo;
 pub use vmferry_dirty::log::RingSize;
