@@ -213,7 +213,8 @@ fn a_driver_that_offers_too_many_waits() {
 /// However a device comes to its end, the host is done with guest memory before it.
 #[test]
 fn the_end_of_a_device_waits_for_the_host() {
-    let ends: [(&str, fn(&Bench)); 4] = [
+    type End = fn(&Bench);
+    let ends: [(&str, End); 4] = [
         ("reset", |bench| bench.set_status(0)),
         ("failed", |bench| bench.set_status(0x80)),
         ("no queue", |bench| {
