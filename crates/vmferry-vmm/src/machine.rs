@@ -493,9 +493,23 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes the locks of all disks. A machine keeps them until it gives its guest away.
+    /// Takes the locks of all disks, or of none. A machine keeps them until it gives its guest away.
     pub(crate) fn lock_disks(&self) -> Result<(), MachineError> {
-        self.devices.disks().iter().try_for_each(|disk| disk.lock())
+        let mut taken = Vec::new();
+        for disk in self.devices.disks() {
+            match disk.lock() {
+                Ok(true) => taken.push(disk),
+                Ok(false) => {}
+                Err(error) => {
+                    // Else neither this machine nor the one that has the other disks could run.
+                    for disk in taken {
+                        disk.unlock()?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Stops running vCPUs and devices. Instructions and requests are complete then, and nothing writes to guest memory.

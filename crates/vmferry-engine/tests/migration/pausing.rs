@@ -20,6 +20,8 @@ struct WithDisks {
     /// What it fails with.
     flush_error: Option<&'static str>,
     pause_error: Option<&'static str>,
+    save_error: Option<&'static str>,
+    resume_error: Option<&'static str>,
 }
 
 impl WithDisks {
@@ -30,6 +32,8 @@ impl WithDisks {
             flushes: AtomicU32::new(0),
             flush_error: None,
             pause_error: None,
+            save_error: None,
+            resume_error: None,
         }
     }
 }
@@ -69,10 +73,12 @@ impl Guest for WithDisks {
     }
 
     fn resume(&self, was: Activity) -> Result<(), GuestError> {
+        fail_with(self.resume_error)?;
         self.guest.resume(was)
     }
 
     fn save_devices(&self) -> Result<Vec<DeviceState>, GuestError> {
+        fail_with(self.save_error)?;
         self.guest.save_devices()
     }
 
@@ -145,4 +151,21 @@ fn a_guest_that_cannot_be_paused_runs_on() {
         here.guest.run_some();
         move_on(&here.guest, parameters()).stop_and_verify();
     }
+}
+
+#[test]
+fn a_guest_that_cannot_go_on_is_its_users() {
+    let here = Arc::new(WithDisks {
+        save_error: Some("the disk 'root' cannot be flushed"),
+        resume_error: Some("another process uses the disk 'root'"),
+        ..WithDisks::new()
+    });
+    let (there, outgoing) = migrate(&here);
+    let error = outgoing.wait().unwrap_err().to_string();
+    for part in ["cannot be flushed", "another process uses", "'cont'"] {
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(!there.is_running() && !here.guest.is_running());
+    here.guest.run();
+    here.guest.run_some();
 }

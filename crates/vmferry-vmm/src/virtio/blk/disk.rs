@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::lock::{self, Answer};
 use super::transfer::Bounce;
@@ -27,6 +28,8 @@ pub(crate) struct Disk {
     caching: Caching,
     sectors: u64,
     block_size: u64,
+    /// Whether the lock is held. Who takes it and gives it up has the machine's run state to itself.
+    locked: AtomicBool,
 }
 
 impl AsRawFd for Disk {
@@ -81,6 +84,7 @@ impl Disk {
             caching: config.caching,
             sectors: bytes / SECTOR,
             block_size,
+            locked: AtomicBool::new(false),
         })
     }
 
@@ -95,6 +99,7 @@ impl Disk {
             caching: Caching::Cached,
             sectors,
             block_size: SECTOR,
+            locked: AtomicBool::new(false),
         }
     }
 
@@ -137,9 +142,17 @@ impl Disk {
         self.sectors * SECTOR
     }
 
-    /// Takes the lock: nobody else may use the disk from here on.
-    pub fn lock(&self) -> Result<(), MachineError> {
-        self.expect_free("lock", lock::take(&self.file, self.access))
+    /// Takes the lock: nobody else may use the disk from here on. Whether it was not held already.
+    pub fn lock(&self) -> Result<bool, MachineError> {
+        self.expect_free("lock", lock::take(&self.file, self.access))?;
+        Ok(!self.locked.swap(true, Ordering::Relaxed))
+    }
+
+    /// Gives the lock up.
+    pub fn unlock(&self) -> Result<(), MachineError> {
+        lock::release(&self.file).map_err(|source| self.failed("unlock", source))?;
+        self.locked.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Whether the lock could be taken, were the guest to start here.
@@ -162,7 +175,7 @@ impl Disk {
     /// Lets somebody else use the disk: everything written is safe, and the lock is free. The guest stands still.
     pub fn give_up(&self) -> Result<(), MachineError> {
         self.settle()?;
-        lock::release(&self.file).map_err(|source| self.failed("unlock", source))
+        self.unlock()
     }
 
     /// Makes everything safe that was written to a disk that may be written to. The guest may run.

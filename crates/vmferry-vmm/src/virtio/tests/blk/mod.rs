@@ -359,18 +359,18 @@ fn one_writer_or_many_readers() {
         Disk::open(&config, "b".into()).unwrap()
     };
     let (one, other) = (image.disk(), image.disk());
-    one.lock().unwrap();
-    one.lock().unwrap();
+    assert!(one.lock().unwrap());
+    assert!(!one.lock().unwrap());
     one.check_lock().unwrap();
     let refused = other.lock().unwrap_err().to_string();
     assert!(refused.contains("another process uses"), "{refused}");
     assert!(other.check_lock().is_err() && read_only().lock().is_err());
     one.give_up().unwrap();
     other.check_lock().unwrap();
-    one.lock().unwrap();
+    assert!(one.lock().unwrap());
     drop(one);
     let readers = [read_only(), read_only()];
-    readers.iter().for_each(|reader| reader.lock().unwrap());
+    assert!(readers.iter().all(|reader| reader.lock().unwrap()));
     assert!(other.lock().is_err());
     drop(readers);
     other.lock().unwrap();
