@@ -8,8 +8,8 @@ use vmferry_wire::{EncodeError, LayoutError, ReturnPathError, StreamError};
 use crate::seam::GuestError;
 use crate::transport::TransportError;
 
-/// Why a migration failed, on either side. Unless it is [`Undecided`](MigrationError::Undecided), the source's
-/// guest goes on as before, and the destination's never ran.
+/// Why a migration failed, on either side. Unless it is [`Undecided`](MigrationError::Undecided) or
+/// [`NotResumed`](MigrationError::NotResumed), the source's guest goes on as before, and the destination's never ran.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
     /// The transport could not be opened or completed.
@@ -72,5 +72,15 @@ pub enum MigrationError {
         peer: &'static str,
         /// What was lost, and how.
         why: String,
+    },
+    /// The guest stayed on the source, but cannot go on there. It is paused.
+    #[error(
+        "{failure}. Yet the guest cannot go on here: {why}. It is paused; continue it with 'cont' when that has changed"
+    )]
+    NotResumed {
+        /// Why the migration failed.
+        failure: Box<MigrationError>,
+        /// Why the guest cannot go on.
+        why: GuestError,
     },
 }

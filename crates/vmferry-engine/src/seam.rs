@@ -12,6 +12,7 @@
 //! | `dirty_log().start()` | `check_description` |
 //! | `dirty_log().fetch()` / `.arm()`, many times | (RAM is written through [`RamBlock`]) |
 //! | between two fetches: `free_page_hinting().start()` .. `.stop()`; `.done()` in the end | |
+//! | `prepare_pause` | |
 //! | `pause` | |
 //! | `save_devices` | |
 //! | a last `fetch`, `.arm()` | `load_devices` |
@@ -103,8 +104,18 @@ pub trait Guest: Send + Sync {
     /// destination so that it fits.
     fn check_description(&self, source: &DeviceState) -> Result<(), GuestError>;
 
+    /// The guest is about to be paused: work that shortens the pause, while the guest still runs. Flushing its disks is
+    /// such work, of which little is then left for [`save_devices`](Self::save_devices). May take its time; what the
+    /// guest writes to its memory meanwhile is sent before the pause. Called once, or twice if it takes long.
+    fn prepare_pause(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     /// Stops the vCPUs and the devices for the switch-over, and says what they were doing. From here until
     /// [`resume`](Self::resume) the VMM lets nobody else start the guest.
+    ///
+    /// The guest stands still from the call on, so an implementation that has to wait (for requests that a disk has not
+    /// finished, say) gives up after a while: an error leaves the guest running, and fails the migration.
     fn pause(&self) -> Result<Activity, GuestError>;
 
     /// Undoes [`pause`](Self::pause) after a migration that failed: the guest goes on as it was before

@@ -48,6 +48,9 @@ pub enum MachineError {
     /// Another process uses a disk.
     #[error("{0}")]
     Locked(String),
+    /// The guest's devices do not come to a stand.
+    #[error("{0}")]
+    Busy(String),
     /// State that was saved elsewhere does not fit this machine.
     #[error("{0}")]
     Misfit(String),

@@ -51,5 +51,5 @@ pub use error::MachineError;
 pub use machine::{BalloonInfo, DiskInfo, Machine, MachineEvent, OnEvent, ShutdownCause, VcpuInfo};
 pub use network::NicInfo;
 pub use run_state::RunState;
-pub use virtio::Announcement;
+pub use virtio::{Announcement, DiskIo};
 pub use vmferry_dirty::log::RingSize;

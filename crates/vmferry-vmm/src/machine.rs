@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 use vm_superio::SerialState;
@@ -27,7 +28,12 @@ use crate::state::machine::Description;
 use crate::state::msrs;
 use crate::supervisor;
 use crate::vcpu::{Gate, GuestRequest, Vcpu, VcpuThread, Wanted};
-use crate::virtio::{Announcement, BalloonPort, Devices, Disk};
+use crate::virtio::{Announcement, BalloonPort, Devices, Disk, DiskIo};
+
+/// How long a guest that is to stop, for its user or for a migration, may wait for its disks: requests that the host has
+/// begun have to be complete. What takes longer is no delay but a failure, and a migration's guest is better off where it
+/// was.
+const STANDSTILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Something that happened to a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +81,8 @@ pub struct DiskInfo {
     pub access: Access,
     /// Whether the host caches it.
     pub caching: Caching,
+    /// How its guest's requests reach the host.
+    pub io: DiskIo,
     /// Its size.
     pub bytes: u64,
 }
@@ -150,6 +158,8 @@ struct PowerOn {
 /// Dropping it stops the guest and ends all its threads.
 pub struct Machine {
     pub(crate) config: MachineConfig,
+    /// Dropped before the RAM, which the host may write to while a device has requests in flight.
+    pub(crate) devices: Devices,
     pub(crate) hypervisor: Hypervisor,
     pub(crate) ram: GuestRam,
     pub(crate) log: Box<dyn DirtyLog>,
@@ -160,7 +170,6 @@ pub struct Machine {
     pub(crate) gate: Arc<Gate>,
     pub(crate) bus: Arc<Bus>,
     pub(crate) events: Arc<EventDevice>,
-    pub(crate) devices: Devices,
     /// What this machine can be for a guest.
     pub(crate) offers: Description,
     images: Option<Images>,
@@ -328,14 +337,15 @@ impl Machine {
 
     /// The disks.
     pub fn disks(&self) -> Vec<DiskInfo> {
-        let info = |disk: &Arc<Disk>| DiskInfo {
+        let info = |(disk, io): (&Disk, DiskIo)| DiskInfo {
             id: disk.id().to_owned(),
             path: disk.path().to_owned(),
             access: disk.access(),
             caching: disk.caching(),
+            io,
             bytes: disk.bytes(),
         };
-        self.devices.disks().iter().map(info).collect()
+        self.devices.disks_and_io().map(info).collect()
     }
 
     /// The balloon, if there is one. Its statistics are those that the guest told after the last look.
@@ -385,10 +395,7 @@ impl Machine {
     pub fn pause(&self) -> Result<(), MachineError> {
         let mut lifecycle = self.lifecycle();
         let hint = match lifecycle.state {
-            RunState::Running => {
-                self.stop(&mut lifecycle, RunState::Paused);
-                return Ok(());
-            }
+            RunState::Running => return self.stop(&mut lifecycle, RunState::Paused),
             RunState::FinishMigrate => {
                 "a migration has stopped it already; wait for its end, or cancel it"
             }
@@ -412,7 +419,7 @@ impl Machine {
                 return Err(wrong_state("reset the guest", lifecycle.state, hint));
             }
             RunState::Running => {
-                self.hold();
+                self.try_to_hold()?;
                 let done = self.switch_on(Occasion::Reset);
                 self.go();
                 done?;
@@ -495,20 +502,40 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes the locks of all disks. A machine keeps them until it gives its guest away.
+    /// Takes the locks of all disks, or of none. A machine keeps them until it gives its guest away.
     pub(crate) fn lock_disks(&self) -> Result<(), MachineError> {
-        self.devices.disks().iter().try_for_each(|disk| disk.lock())
+        let mut taken = Vec::new();
+        for disk in self.devices.disks() {
+            match disk.lock() {
+                Ok(true) => taken.push(disk),
+                Ok(false) => {}
+                Err(error) => {
+                    // Else neither this machine nor the one that has the other disks could run.
+                    for disk in taken {
+                        disk.unlock()?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Stops running vCPUs and devices. Instructions and requests are complete then, and nothing writes to guest memory.
-    pub(crate) fn stop(&self, lifecycle: &mut Lifecycle, state: RunState) {
-        self.hold();
+    /// If that takes longer than [`STANDSTILL_LIMIT`], everything goes on instead.
+    pub(crate) fn stop(
+        &self,
+        lifecycle: &mut Lifecycle,
+        state: RunState,
+    ) -> Result<(), MachineError> {
+        self.try_to_hold()?;
         for vcpu in &self.vcpus {
             // Lets the guest's watchdogs know that time went by. It fails if the guest has no kvmclock.
             let _ = vcpu.lock().fd.kvmclock_ctrl();
         }
         lifecycle.state = state;
         self.emit(MachineEvent::Stop);
+        Ok(())
     }
 
     fn go(&self) {
@@ -517,7 +544,31 @@ impl Machine {
         self.bus.serial.accept_input(true);
     }
 
+    /// Brings everything to a stand, however long the host takes for the requests that it has.
     fn hold(&self) {
+        self.ask_to_hold();
+        self.gate.wait_until_held();
+        self.devices.wait_until_held();
+    }
+
+    /// Brings everything to a stand within [`STANDSTILL_LIMIT`], or lets it go on.
+    fn try_to_hold(&self) -> Result<(), MachineError> {
+        self.ask_to_hold();
+        let end = Instant::now() + STANDSTILL_LIMIT;
+        // A vCPU may wait for a device.
+        if self.gate.held_by(end) && self.devices.held_by(end) {
+            return Ok(());
+        }
+        let busy = self.devices.busy();
+        self.go();
+        Err(MachineError::Busy(format!(
+            "cannot stop the guest: it does not come to a stand within {STANDSTILL_LIMIT:?}; requests in flight: {}. \
+             It goes on. Look at the host's storage",
+            if busy.is_empty() { "none" } else { &busy }
+        )))
+    }
+
+    fn ask_to_hold(&self) {
         self.bus.serial.accept_input(false);
         // Devices are asked first: a vCPU may wait for one that a busy guest keeps at work.
         self.devices.ask_to_hold();
@@ -525,8 +576,6 @@ impl Machine {
         for thread in &self.threads {
             thread.kick();
         }
-        self.gate.wait_until_held();
-        self.devices.wait_until_held();
     }
 
     /// Puts the machine into the state in which its kernel starts.

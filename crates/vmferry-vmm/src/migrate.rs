@@ -54,6 +54,12 @@ impl Guest for Machine {
             .map_err(GuestError::new)
     }
 
+    /// Most of what the disks' guest has written is safe before it stands still; the rest follows when it does.
+    fn prepare_pause(&self) -> Result<(), GuestError> {
+        let mut disks = self.devices.disks().iter();
+        disks.try_for_each(|disk| disk.settle().map_err(GuestError::new))
+    }
+
     fn pause(&self) -> Result<Activity, GuestError> {
         let mut lifecycle = self.lifecycle();
         let before = lifecycle.state;
@@ -74,7 +80,8 @@ impl Guest for Machine {
             )));
         }
         if activity == Activity::Running {
-            self.stop(&mut lifecycle, RunState::FinishMigrate);
+            self.stop(&mut lifecycle, RunState::FinishMigrate)
+                .map_err(GuestError::new)?;
             if let Some(GuestRequest::InternalError { vcpu, reason }) = self.gate.pending() {
                 let why = GuestError(format!("cannot migrate the guest: vCPU {vcpu}: {reason}"));
                 self.fail(&mut lifecycle, vcpu, reason);

@@ -92,7 +92,9 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     const USAGE: &str = "use path=FILE[,ro=on|off][,id=NAME][,direct=on|off]";
     let (mut path, mut id) = (None, None);
     let (mut access, mut caching) = (Access::ReadWrite, Caching::Cached);
-    for option in text.split(',') {
+    // A comma in a value is written twice, as in QEMU. No argument can have a NUL, which stands in for it.
+    let escaped = text.replace(",,", "\0");
+    for option in escaped.split(',').map(|option| option.replace('\0', ",")) {
         match option.split_once('=') {
             Some(("path", value)) if !value.is_empty() => path = Some(value.into()),
             Some(("id", value)) if !value.is_empty() => id = Some(value.to_owned()),
@@ -233,8 +235,8 @@ pub struct Run {
     /// Where the serial port leads: stdio, null, file:PATH or unix:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = parse_serial)]
     pub serial: SerialConfig,
-    /// A disk for the guest (virtio): a raw image or a block device, with the options ro=on, id=NAME and direct=on. May
-    /// be given several times
+    /// A disk for the guest (virtio): a raw image or a block device, with the options ro=on, id=NAME and direct=on. A
+    /// comma in FILE is written twice. May be given several times
     #[arg(long, value_name = "path=FILE,...", value_parser = parse_disk)]
     pub disk: Vec<DiskConfig>,
     /// A network interface for the guest (virtio), connected to a TAP interface of the host (tap=NAME), or to a Unix
@@ -392,6 +394,19 @@ mod tests {
         );
         let all = "deflate-on-oom=on,free-page-hint=off,free-page-reporting=on";
         assert_eq!(balloon(&["--balloon", all]).unwrap().to_string(), all);
+    }
+
+    #[test]
+    fn a_comma_in_a_path_is_written_twice() {
+        for (text, path, access) in [
+            ("path=a,,b.img,ro=on", "a,b.img", Access::ReadOnly),
+            ("ro=on,path=a,,,,b,,", "a,,b,", Access::ReadOnly),
+            ("path=a,,,ro=on", "a,", Access::ReadOnly),
+            ("path=,,ro=on", ",ro=on", Access::ReadWrite),
+        ] {
+            let disk = parse_disk(text).unwrap();
+            assert_eq!((disk.path.to_str(), disk.access), (Some(path), access));
+        }
     }
 
     #[test]

@@ -57,6 +57,19 @@ pub struct BlockDeviceInfo {
     pub write_threshold: u64,
     /// Whether this side may use it: not before its guest has arrived, nor after it has left.
     pub active: bool,
+    /// How the guest's requests reach the host.
+    #[serde(rename = "x-vmferry-io")]
+    pub x_vmferry_io: BlockIo,
+}
+
+/// How requests for a disk reach the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BlockIo {
+    /// Many at a time, by io_uring.
+    IoUring,
+    /// One after the other.
+    Synchronous,
 }
 
 /// What to do about zeroes that are written.

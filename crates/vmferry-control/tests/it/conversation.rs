@@ -50,6 +50,7 @@ fn disks_and_the_power_button_are_as_in_qemu() {
     assert_eq!(inserted["detect_zeroes"], "off");
     assert_eq!(inserted["image"]["virtual-size"], 1 << 30);
     assert_eq!(inserted["cache"]["no-flush"], false);
+    assert_eq!(inserted["x-vmferry-io"], "io-uring");
     wire.send(r#"{"execute": "system_powerdown"}"#);
     let (first, second) = (wire.read(), wire.read());
     let event = [&first, &second].map(|line| line["event"] == "POWERDOWN");

@@ -105,6 +105,7 @@ impl Handler for FakeMachine {
             },
             write_threshold: 0,
             active: true,
+            x_vmferry_io: BlockIo::IoUring,
         };
         Ok(vec![BlockInfo {
             device: "root".into(),

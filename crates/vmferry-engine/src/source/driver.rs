@@ -103,26 +103,35 @@ impl<'a> Driver<'a> {
             .into()),
             (result, _) => result,
         };
-        Self::settle(&**guest, shared, hold, &result);
-        result
+        Self::settle(&**guest, shared, hold, result)
     }
 
     /// Puts the guest where the outcome wants it (law 7): a guest that was not given away goes on.
-    fn settle(guest: &dyn Guest, shared: &Shared, hold: Hold, result: &Result<(), MigrationError>) {
+    fn settle(
+        guest: &dyn Guest,
+        shared: &Shared,
+        hold: Hold,
+        result: Result<(), MigrationError>,
+    ) -> Result<(), MigrationError> {
         let Hold::Paused { was, since } = hold else {
-            return;
+            return result;
         };
-        let activity = match result {
-            Ok(()) => {
-                shared.update(|info| info.downtime = Some(since.elapsed()));
-                return;
+        let Err(failure) = result else {
+            shared.update(|info| info.downtime = Some(since.elapsed()));
+            return Ok(());
+        };
+        let activity = match failure {
+            MigrationError::Undecided { .. } => Activity::Paused,
+            _ => was,
+        };
+        Err(match guest.resume(activity) {
+            Ok(()) => failure,
+            Err(why) => {
+                tracing::error!("cannot continue the guest after a failed migration: {why}");
+                let failure = Box::new(failure);
+                MigrationError::NotResumed { failure, why }
             }
-            Err(MigrationError::Undecided { .. }) => Activity::Paused,
-            Err(_) => was,
-        };
-        if let Err(error) = guest.resume(activity) {
-            tracing::error!("cannot continue the guest after a failed migration: {error}");
-        }
+        })
     }
 
     fn migrate(&mut self) -> Result<(), MigrationError> {

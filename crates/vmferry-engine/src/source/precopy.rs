@@ -60,6 +60,7 @@ impl Driver<'_> {
         questions: Option<Questions<'_>>,
     ) -> Result<(), MigrationError> {
         let mut last_sync = Instant::now();
+        let mut prepared = false;
         loop {
             let before = tracker.set().dirty_pages();
             if let Some(questions) = &questions {
@@ -86,11 +87,21 @@ impl Driver<'_> {
                 // The limit is what the user bears, not what we aim for: go on as long as each pass makes
                 // the rest much smaller. That is a handful of passes, each shorter than the one before.
                 let shrinking = dirty <= before / 2;
-                if expected <= GOOD_DOWNTIME || !shrinking {
+                if (expected <= GOOD_DOWNTIME || !shrinking)
+                    && (self.prepare_pause()? <= GOOD_DOWNTIME
+                        || std::mem::replace(&mut prepared, true))
+                {
                     return Ok(());
                 }
             }
         }
+    }
+
+    /// Has the guest's machine do what shortens the pause. How long that took: the guest has gone on writing meanwhile.
+    fn prepare_pause(&self) -> Result<Duration, MigrationError> {
+        let start = Instant::now();
+        self.guest.prepare_pause()?;
+        Ok(start.elapsed())
     }
 
     /// Waits until the destination has taken in all that was sent. What sits in the sockets' buffers when

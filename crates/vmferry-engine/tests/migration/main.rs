@@ -15,5 +15,6 @@ mod hints;
 mod hostile;
 mod misfits;
 mod one_runner;
+mod pausing;
 mod peer_timeout;
 mod steering;

@@ -30,6 +30,8 @@ pub(crate) enum DeviceDescription {
     Block {
         id: String,
         sectors: u64,
+        /// Bytes of what the guest reads and writes at least.
+        block_size: u64,
         access: Access,
     },
     Network {
@@ -78,17 +80,18 @@ impl DeviceDescription {
         }
     }
 
-    /// Whether the two look the same but for a disk's size.
+    /// Whether the two look the same but for a disk's sizes.
     fn is_like(&self, other: &DeviceDescription) -> bool {
-        let without_size = |device: &DeviceDescription| match device.clone() {
+        let without_sizes = |device: &DeviceDescription| match device.clone() {
             DeviceDescription::Block { id, access, .. } => DeviceDescription::Block {
                 id,
                 access,
                 sectors: 0,
+                block_size: 0,
             },
             other => other,
         };
-        without_size(self) == without_size(other)
+        without_sizes(self) == without_sizes(other)
     }
 }
 
@@ -110,20 +113,42 @@ pub(crate) fn accepts(
             }
         )));
     }
-    for pair in here.iter().zip(source) {
-        if let (
-            DeviceDescription::Block { id, sectors, .. },
-            DeviceDescription::Block { sectors: there, .. },
-        ) = pair
-            && sectors != there
-        {
-            let bytes = |sectors: u64| size(sectors.saturating_mul(512));
-            return Err(MachineError::Misfit(format!(
-                "the source's disk '{id}' has {}, this machine's has {}: give both the same image",
-                bytes(*there),
-                bytes(*sectors)
-            )));
-        }
+    here.iter()
+        .zip(source)
+        .try_for_each(|(here, source)| same_sizes(here, source))
+}
+
+/// Whether two disks that look the same are of the same size, and in blocks of the same size.
+fn same_sizes(here: &DeviceDescription, source: &DeviceDescription) -> Result<(), MachineError> {
+    let (
+        DeviceDescription::Block {
+            id,
+            sectors,
+            block_size,
+            ..
+        },
+        DeviceDescription::Block {
+            sectors: their_sectors,
+            block_size: their_block_size,
+            ..
+        },
+    ) = (here, source)
+    else {
+        return Ok(());
+    };
+    if sectors != their_sectors {
+        let bytes = |sectors: &u64| size(sectors.saturating_mul(512));
+        return Err(MachineError::Misfit(format!(
+            "the source's disk '{id}' has {}, this machine's has {}: give both the same image",
+            bytes(their_sectors),
+            bytes(sectors)
+        )));
+    }
+    if block_size != their_block_size {
+        return Err(MachineError::Misfit(format!(
+            "the source's disk '{id}' has blocks of {their_block_size} bytes, this machine's of {block_size}: use \
+             direct=off for both, or direct=on and storage of the same block size"
+        )));
     }
     Ok(())
 }
@@ -147,6 +172,7 @@ mod tests {
         DeviceDescription::Block {
             id: id.to_owned(),
             sectors,
+            block_size: 512,
             access: Access::ReadWrite,
         }
     }
@@ -177,9 +203,19 @@ mod tests {
             refusal(&smaller, &source),
             "the source's disk 'root' has 1GiB, this machine's has 512MiB: give both the same image"
         );
+        let mut blocks = source.clone();
+        if let DeviceDescription::Block { block_size, .. } = &mut blocks[0] {
+            *block_size = 4096;
+        }
+        let words = refusal(&source, &blocks);
+        assert!(
+            words.contains("blocks of 4096 bytes, this machine's of 512"),
+            "{words}"
+        );
         let read_only = [DeviceDescription::Block {
             id: "a".into(),
             sectors: 8,
+            block_size: 512,
             access: Access::ReadOnly,
         }];
         assert!(refusal(&[disk("a", 8)], &read_only).contains("id=a,ro=on"));

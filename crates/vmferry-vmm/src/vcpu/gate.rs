@@ -6,6 +6,7 @@
 //! kick is sent after the gate was closed under that lock.
 
 use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Instant;
 
 /// What a vCPU asks of its machine; the guest stands still until the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,6 +131,15 @@ impl Gate {
                 .wait(state)
                 .expect("no holder of the gate panics");
         }
+    }
+
+    /// The same, until `end` at the latest. Whether every thread has come.
+    pub fn held_by(&self, end: Instant) -> bool {
+        let missing = |state: &mut State| state.held < self.vcpus;
+        let left = end.saturating_duration_since(Instant::now());
+        let waited = self.changed.wait_timeout_while(self.lock(), left, missing);
+        let (state, _) = waited.expect("no holder of the gate panics");
+        state.held == self.vcpus
     }
 
     /// What the guest has asked for, if anything.

@@ -11,9 +11,11 @@
 //! # Who may do what
 //!
 //! A device's state, its queues and their rings are behind one mutex: a vCPU takes it to read or write a register
-//! (except those of the interrupt), the device's thread while it serves a batch of requests. While the machine
-//! stands still, all device threads wait at a gate, and a request is either complete or still in its ring:
-//! nothing is in flight, so nothing in flight has to be saved. (The balloon keeps one request by design, and saves it.)
+//! (except those of the interrupt), the device's thread while it serves a batch of requests. A device may have requests
+//! in flight, with the host, while nobody holds the mutex. Its thread does not come to the gate before they are given
+//! back: while the machine stands still, all device threads wait there, and a request is either complete or still
+//! in its ring. Nothing is in flight, so nothing in flight has to be saved. (The balloon keeps one request by design,
+//! and saves it.)
 //!
 //! # Trust
 //!
@@ -42,8 +44,10 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::MachineError;
+use crate::memory::GuestMemory;
 
 pub(crate) use balloon::{Balloon, BalloonPort};
+pub use blk::DiskIo;
 pub(crate) use blk::{Block, Disk};
 pub(crate) use chain::{Broken, Chain};
 pub(crate) use console::Console;
@@ -131,6 +135,15 @@ pub(crate) trait VirtioDevice: Send {
     fn watches(&self) -> Vec<Watch> {
         Vec::new()
     }
+
+    /// How many requests the host still works on; whenever it is done with some, the device has its queue kicked.
+    /// While the machine is to stand still, [`serve`](Self::serve) finds no new ones, and gives these back.
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    /// The driver will not see its requests again, nor does the host any longer: waits for those in flight.
+    fn abandon(&mut self, _memory: &GuestMemory) {}
 
     /// What the device knows beside its configuration and its queues.
     fn save(&self) -> Vec<u8> {

@@ -80,6 +80,8 @@ pub(crate) struct Requests<'a> {
     gate: &'a Gate,
     /// How many requests may be served before somebody else has a turn.
     left: u16,
+    /// Whether requests were put back that the driver has not been told of.
+    unannounced: bool,
 }
 
 impl<'a> Requests<'a> {
@@ -96,6 +98,7 @@ impl<'a> Requests<'a> {
             interrupt,
             gate,
             left,
+            unannounced: false,
         }
     }
 
@@ -131,8 +134,20 @@ impl<'a> Requests<'a> {
 
     /// Gives a request back that the device has kept, by its name in the rings.
     pub fn give_back(&mut self, head: u16, written: u32) -> Result<(), Broken> {
+        self.put_back(head, written)?;
+        self.announce()
+    }
+
+    /// Gives a request back without a word to the driver, which [`announce`](Self::announce) says for many of them.
+    pub fn put_back(&mut self, head: u16, written: u32) -> Result<(), Broken> {
         self.queue.add_used(self.memory, head, written)?;
-        if self.queue.needs_notification(self.memory)? {
+        self.unannounced = true;
+        Ok(())
+    }
+
+    /// Tells the driver of what was put back, if anything was and the driver wants to know.
+    pub fn announce(&mut self) -> Result<(), Broken> {
+        if std::mem::take(&mut self.unannounced) && self.queue.needs_notification(self.memory)? {
             self.interrupt.used();
         }
         Ok(())
@@ -165,7 +180,7 @@ impl<'a> Requests<'a> {
     }
 
     /// Leaves the last `count` requests in the ring: they will be the next ones again.
-    pub fn put_back(&mut self, count: u16) {
+    pub fn leave(&mut self, count: u16) {
         let next = self.queue.next_avail().wrapping_sub(count);
         self.queue.set_next_avail(next);
     }

@@ -91,6 +91,19 @@ impl Slot {
         }
     }
 
+    /// How many requests the host still works on.
+    pub fn in_flight(&self) -> usize {
+        self.transport().in_flight()
+    }
+
+    /// The same for who must not wait for the device; one that is busy is at one request at least.
+    pub fn in_flight_now(&self) -> usize {
+        match self.transport.try_lock() {
+            Ok(transport) => transport.in_flight(),
+            Err(_) => 1,
+        }
+    }
+
     /// The device's configuration has changed.
     pub fn config_changed(&self) {
         self.interrupt.config();

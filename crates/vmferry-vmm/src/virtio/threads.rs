@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use kvm_ioctls::VmFd;
 
@@ -11,8 +12,8 @@ use super::balloon::OnChange;
 use super::console::InputGate;
 use super::slot::Slot;
 use super::{
-    Announcement, Announcer, Balloon, BalloonPort, Block, Console, Disk, Kicks, Kind, Network, Rng,
-    VirtioDevice, signal,
+    Announcement, Announcer, Balloon, BalloonPort, Block, Console, Disk, DiskIo, Kicks, Kind,
+    Network, Rng, VirtioDevice, signal,
 };
 use crate::config::MachineConfig;
 use crate::devices::{BackendEvents, MmioRange};
@@ -27,6 +28,7 @@ pub(crate) struct Devices {
     slots: Vec<Arc<Slot>>,
     disks: Vec<Arc<Disk>>,
     announcers: Vec<Announcer>,
+    disk_io: Vec<DiskIo>,
     console: Option<InputGate>,
     balloon: Option<BalloonPort>,
     gate: Arc<Gate>,
@@ -43,7 +45,7 @@ impl Devices {
         on_balloon: OnChange,
     ) -> Result<Self, MachineError> {
         let mut slots = Vec::new();
-        let mut disks = Vec::new();
+        let (mut disks, mut disk_io) = (Vec::new(), Vec::new());
         let mut add = |device: Box<dyn VirtioDevice>, kicks| {
             let slot = Arc::new(Slot::new(device, kicks, memory.clone())?);
             slots.push(slot.clone());
@@ -51,10 +53,10 @@ impl Devices {
         };
         for (disk, id) in config.disks.iter().zip(config.disk_ids()) {
             let disk = Arc::new(Disk::open(disk, id)?);
-            add(
-                Box::new(Block::new(disk.clone())),
-                Kicks::new(Block::QUEUES)?,
-            )?;
+            let kicks = Kicks::new(Block::QUEUES)?;
+            let device = Block::new(disk.clone(), &kicks);
+            disk_io.push(device.io());
+            add(Box::new(device), kicks)?;
             disks.push(disk);
         }
         let mut announcers = Vec::new();
@@ -85,6 +87,7 @@ impl Devices {
             slots,
             disks,
             announcers,
+            disk_io,
             console,
             balloon,
             gate,
@@ -131,6 +134,7 @@ impl Devices {
                 DeviceDescription::Block {
                     id: disk.id().to_owned(),
                     sectors: disk.sectors(),
+                    block_size: disk.block_size(),
                     access: disk.access(),
                 }
             }
@@ -160,6 +164,12 @@ impl Devices {
         self.announcers[place].start(announcement);
     }
 
+    /// The disks and how their requests reach the host.
+    pub fn disks_and_io(&self) -> impl Iterator<Item = (&Disk, DiskIo)> {
+        let disks = self.disks.iter().map(Arc::as_ref);
+        disks.zip(self.disk_io.iter().copied())
+    }
+
     /// The balloon, if there is one.
     pub fn balloon(&self) -> Option<&BalloonPort> {
         self.balloon.as_ref()
@@ -182,7 +192,7 @@ impl Devices {
         }
     }
 
-    /// Asks the devices to come to a stand; each finishes at most the request it is at.
+    /// Asks the devices to come to a stand; each finishes at most the requests that it has begun.
     pub fn ask_to_hold(&self) {
         if let Some(console) = &self.console {
             console.accept_input(false);
@@ -195,6 +205,28 @@ impl Devices {
     /// guest memory.
     pub fn wait_until_held(&self) {
         self.gate.wait_until_held();
+    }
+
+    /// The same, until `end` at the latest. Whether every device stands still.
+    pub fn held_by(&self, end: Instant) -> bool {
+        self.gate.held_by(end)
+    }
+
+    /// The devices that have requests in flight, and how many, for humans.
+    pub fn busy(&self) -> String {
+        let mut disks = self.disks.iter();
+        let busy = self.slots.iter().filter_map(|slot| {
+            let name = match slot.kind() {
+                Kind::Block => {
+                    let disk = disks.next().expect("every block device has a disk");
+                    format!("disk '{}'", disk.id())
+                }
+                kind => kind.name().to_owned(),
+            };
+            let number = slot.in_flight_now();
+            (number > 0).then(|| format!("{name} ({number})"))
+        });
+        busy.collect::<Vec<_>>().join(", ")
     }
 
     fn ring(&self) {
@@ -217,7 +249,7 @@ impl Drop for Devices {
 }
 
 /// The life of a device's thread.
-fn run(slot: &Slot, gate: &Gate) {
+pub(super) fn run(slot: &Slot, gate: &Gate) {
     let kicks = slot.kicks().all();
     let entry = |fd: i32, events| libc::pollfd {
         fd,
@@ -228,7 +260,11 @@ fn run(slot: &Slot, gate: &Gate) {
     let kick_fds = kicks.iter().map(|kick| kick.as_raw_fd());
     fds.extend(kick_fds.map(|fd| entry(fd, libc::POLLIN)));
     let own = fds.len();
-    while gate.pass(|| {}) == Pass::Run {
+    loop {
+        // What is in flight is given back before the device stands still, or ends: guest memory is the host's until then.
+        if !gate.is_open() && slot.in_flight() == 0 && gate.pass(|| {}) == Pass::Quit {
+            return;
+        }
         let watches = slot.watches();
         fds.truncate(own);
         fds.extend(watches.iter().map(|watch| entry(watch.fd, watch.events)));

@@ -265,6 +265,7 @@ impl Transport {
         if !ready {
             if let Some(queue) = self.queues.get_mut(index) {
                 queue.set_ready(false);
+                self.device.abandon(&self.memory);
             }
             return;
         }
@@ -304,6 +305,9 @@ impl Transport {
             }
         }
         self.stage = wanted;
+        if wanted == Stage::Failed {
+            self.device.abandon(&self.memory);
+        }
         if wanted != Stage::Running {
             return After::Nothing;
         }
@@ -326,6 +330,7 @@ impl Transport {
 
     /// Forgets the driver.
     pub fn reset(&mut self, interrupt: &Interrupt) {
+        self.device.abandon(&self.memory);
         self.stage = Stage::Reset;
         self.health = Health::Good;
         self.latches = Latches::default();
@@ -343,6 +348,7 @@ impl Transport {
             "a virtio device stops until its driver resets it: {why}"
         );
         self.health = Health::Broken;
+        self.device.abandon(&self.memory);
         if self.stage == Stage::Running {
             interrupt.config();
         }
@@ -377,6 +383,11 @@ impl Transport {
                 false
             }
         }
+    }
+
+    /// How many requests the host still works on. None of a device that does not run.
+    pub fn in_flight(&self) -> usize {
+        self.device.in_flight()
     }
 
     pub fn save(&self, interrupt: &Interrupt) -> SavedTransport {

@@ -5,7 +5,7 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use vmferry_control::schema::{
-    AnnounceSelf, Balloon, BalloonInfo, BlockDeviceInfo, BlockInfo, BlockdevCacheInfo,
+    AnnounceSelf, Balloon, BalloonInfo, BlockDeviceInfo, BlockInfo, BlockIo, BlockdevCacheInfo,
     CalcDirtyRate, CpuInfoFast, CpuInstanceProperties, DetectZeroes, DirtyRateInfo, DirtyTracking,
     ImageInfo, KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
     MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
@@ -14,7 +14,7 @@ use vmferry_control::schema::{
 };
 use vmferry_control::{ErrorClass, Handler, QmpError};
 use vmferry_engine::{ArmingChunk, Info, Parameters, Status};
-use vmferry_vmm::{Access, Announcement, Caching, DiskInfo, Machine};
+use vmferry_vmm::{Access, Announcement, Caching, DiskInfo, DiskIo, Machine};
 
 use super::Exit;
 use super::migrations::{Migrations, OnFailure, Settings};
@@ -287,6 +287,10 @@ fn block_info(disk: &DiskInfo, active: bool) -> BlockInfo {
             },
             write_threshold: 0,
             active,
+            x_vmferry_io: match disk.io {
+                DiskIo::IoUring => BlockIo::IoUring,
+                DiskIo::Synchronous => BlockIo::Synchronous,
+            },
         }),
     }
 }

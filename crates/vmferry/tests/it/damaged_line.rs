@@ -9,20 +9,14 @@ use vmferry_control::schema::{MigrationStatus, RunState};
 
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
-use crate::common::outcome::gives_up;
+use crate::common::outcome::{assert_undecided, gives_up};
 use crate::common::proxy::{Fault, Place, Proxy};
 use crate::common::vm::Vm;
 
 fn impatient(lab: &Lab) -> Guest<'_> {
     let mut guest = Guest::boot(lab, Shape::small());
-    be_impatient(&mut guest);
+    guest.be_impatient();
     guest
-}
-
-fn be_impatient(guest: &mut Guest<'_>) {
-    guest
-        .vm
-        .set_parameters(json!({"x-vmferry-peer-timeout": 1000}));
 }
 
 /// A failure that leaves the guest running on the source and ends the destination's process.
@@ -131,20 +125,9 @@ fn the_word_that_it_runs_is_lost() {
     drop(proxy);
     guest.moved_to(destination);
     guest.works();
-    be_impatient(&mut guest);
+    guest.be_impatient();
     guest.hop();
     guest.verifies_all();
-}
-
-/// The guest is paused, and its user is told what to do.
-#[track_caller]
-fn assert_undecided(vm: &mut Vm, what_to_do: &str) {
-    vm.wait_for_status(MigrationStatus::Failed);
-    let why = vm.info().error_desc.expect("a reason");
-    assert!(why.contains("the guest is paused here"), "{why}");
-    assert!(why.contains(what_to_do), "{why}");
-    assert_eq!(vm.run_state(), RunState::Paused);
-    assert!(vm.lives());
 }
 
 /// Its kernel takes the connection and some of the stream, but the process does not read it.

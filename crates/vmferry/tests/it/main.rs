@@ -13,6 +13,7 @@ mod demo;
 mod dirty_log;
 mod dirty_rate;
 mod disk_full;
+mod disk_handover;
 mod disks;
 mod events;
 mod killed;

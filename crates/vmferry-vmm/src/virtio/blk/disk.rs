@@ -1,23 +1,21 @@
 //! What is behind a block device: a file of the host.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use vm_memory::VolatileSlice;
-use vm_memory::bitmap::BitmapSlice;
-
-use super::SECTOR;
 use super::lock::{self, Answer};
+use super::transfer::Bounce;
 use crate::config::{Access, Caching, DiskConfig};
 use crate::error::MachineError;
 
-/// The most pieces of one system call (`IOV_MAX`).
-const MOST_PIECES: usize = 1024;
-/// Alignment of memory that satisfies direct I/O everywhere.
-const DIRECT_MEMORY: usize = 4096;
+/// Bytes of virtio's sectors, whatever the disk has.
+pub(super) const SECTOR: u64 = 512;
+/// The largest block of a medium, in bytes, that direct I/O is tried with.
+const LARGEST_BLOCK: u64 = 4096;
 /// Zeroes written at once where the file system cannot make them.
 const ZEROES: usize = 64 << 10;
 
@@ -29,6 +27,15 @@ pub(crate) struct Disk {
     access: Access,
     caching: Caching,
     sectors: u64,
+    block_size: u64,
+    /// Whether the lock is held. Who takes it and gives it up has the machine's run state to itself.
+    locked: AtomicBool,
+}
+
+impl AsRawFd for Disk {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
 }
 
 impl Disk {
@@ -59,10 +66,14 @@ impl Disk {
             return refuse("it is neither a file nor a block device".into());
         }
         let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
+        let block_size = match config.caching {
+            Caching::Cached => SECTOR,
+            Caching::Direct => direct_block(&file).map_err(failed)?,
+        };
+        if bytes == 0 || !bytes.is_multiple_of(block_size) {
             return refuse(format!(
-                "it has {bytes} bytes, and a disk has a multiple of {SECTOR}; a raw image is expected, and \
-                 'truncate --size=%{SECTOR}' completes one"
+                "it has {bytes} bytes, and a disk has a multiple of {block_size}; a raw image is expected, and \
+                 'truncate --size=%{block_size}' completes one"
             ));
         }
         Ok(Disk {
@@ -72,7 +83,24 @@ impl Disk {
             access: config.access,
             caching: config.caching,
             sectors: bytes / SECTOR,
+            block_size,
+            locked: AtomicBool::new(false),
         })
+    }
+
+    /// A disk whose reads wait until there is something at the other end of a pipe.
+    #[cfg(test)]
+    pub fn of_pipe(pipe: File, sectors: u64) -> Self {
+        Disk {
+            id: "pipe".into(),
+            path: "pipe".into(),
+            file: pipe,
+            access: Access::ReadWrite,
+            caching: Caching::Cached,
+            sectors,
+            block_size: SECTOR,
+            locked: AtomicBool::new(false),
+        }
     }
 
     pub fn id(&self) -> &str {
@@ -96,14 +124,35 @@ impl Disk {
         self.sectors
     }
 
+    /// Bytes of its blocks: requests are for whole ones. More than a sector where direct I/O needs that.
+    pub fn block_size(&self) -> u64 {
+        self.block_size
+    }
+
+    /// Alignment, in bytes, of memory that the kernel can use as it lies.
+    pub fn memory_alignment(&self) -> usize {
+        match self.caching {
+            Caching::Cached => 1,
+            Caching::Direct => self.block_size as usize,
+        }
+    }
+
     /// Its size.
     pub fn bytes(&self) -> u64 {
         self.sectors * SECTOR
     }
 
-    /// Takes the lock: nobody else may use the disk from here on.
-    pub fn lock(&self) -> Result<(), MachineError> {
-        self.expect_free("lock", lock::take(&self.file, self.access))
+    /// Takes the lock: nobody else may use the disk from here on. Whether it was not held already.
+    pub fn lock(&self) -> Result<bool, MachineError> {
+        self.expect_free("lock", lock::take(&self.file, self.access))?;
+        Ok(!self.locked.swap(true, Ordering::Relaxed))
+    }
+
+    /// Gives the lock up.
+    pub fn unlock(&self) -> Result<(), MachineError> {
+        lock::release(&self.file).map_err(|source| self.failed("unlock", source))?;
+        self.locked.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Whether the lock could be taken, were the guest to start here.
@@ -119,23 +168,27 @@ impl Disk {
                 "cannot {attempted} the disk '{id}': another process uses {path}; end it, or let both only read \
                  it (ro=on)"
             ))),
-            Err(source) => Err(MachineError::Os {
-                action: format!("{attempted} the disk '{id}' ({path})"),
-                source,
-            }),
+            Err(source) => Err(self.failed(attempted, source)),
         }
     }
 
     /// Lets somebody else use the disk: everything written is safe, and the lock is free. The guest stands still.
     pub fn give_up(&self) -> Result<(), MachineError> {
-        let failed = |action: &str| {
-            let action = format!("{action} the disk '{}' ({})", self.id, self.path.display());
-            move |source| MachineError::Os { action, source }
-        };
-        if self.access == Access::ReadWrite {
-            self.flush().map_err(failed("flush"))?;
+        self.settle()?;
+        self.unlock()
+    }
+
+    /// Makes everything safe that was written to a disk that may be written to. The guest may run.
+    pub fn settle(&self) -> Result<(), MachineError> {
+        match self.access {
+            Access::ReadOnly => Ok(()),
+            Access::ReadWrite => self.flush().map_err(|source| self.failed("flush", source)),
         }
-        lock::release(&self.file).map_err(failed("unlock"))
+    }
+
+    fn failed(&self, action: &str, source: io::Error) -> MachineError {
+        let action = format!("{action} the disk '{}' ({})", self.id, self.path.display());
+        MachineError::Os { action, source }
     }
 
     /// Forgets what this host has cached of a disk that was written elsewhere.
@@ -147,101 +200,6 @@ impl Disk {
     /// Makes everything that was written safe.
     pub fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
-    }
-
-    /// Reads from `at` on into guest memory.
-    pub fn read<'a, B: BitmapSlice + 'a>(
-        &self,
-        at: u64,
-        into: impl Iterator<Item = VolatileSlice<'a, B>>,
-    ) -> io::Result<()> {
-        let pieces: Vec<_> = into.collect();
-        if self.suits(&pieces) {
-            let done = self.transfer(at, &pieces, Direction::FromDisk);
-            for piece in &pieces {
-                // Even a read that fails may have changed some of it.
-                piece.bitmap().mark_dirty(0, piece.len());
-            }
-            return done;
-        }
-        let mut bounce = Bounce::new(total(&pieces));
-        self.file.read_exact_at(bounce.bytes(), at)?;
-        let mut rest = &*bounce.bytes();
-        for piece in &pieces {
-            piece.copy_from(&rest[..piece.len()]);
-            rest = &rest[piece.len()..];
-        }
-        Ok(())
-    }
-
-    /// Writes guest memory from `at` on.
-    pub fn write<'a, B: BitmapSlice + 'a>(
-        &self,
-        at: u64,
-        from: impl Iterator<Item = VolatileSlice<'a, B>>,
-    ) -> io::Result<()> {
-        let pieces: Vec<_> = from.collect();
-        if self.suits(&pieces) {
-            return self.transfer(at, &pieces, Direction::ToDisk);
-        }
-        let mut bounce = Bounce::new(total(&pieces));
-        let mut filled = 0;
-        for piece in &pieces {
-            filled += piece.copy_to(&mut bounce.bytes()[filled..]);
-        }
-        self.file.write_all_at(bounce.bytes(), at)
-    }
-
-    /// Whether the kernel can read and write these pieces where they are.
-    fn suits<B: BitmapSlice>(&self, pieces: &[VolatileSlice<'_, B>]) -> bool {
-        let sector = SECTOR as usize;
-        let aligned = |piece: &VolatileSlice<'_, B>| {
-            let address = piece.ptr_guard().as_ptr().addr();
-            address.is_multiple_of(sector) && piece.len().is_multiple_of(sector)
-        };
-        self.caching == Caching::Cached || pieces.iter().all(aligned)
-    }
-
-    fn transfer<B: BitmapSlice>(
-        &self,
-        mut at: u64,
-        pieces: &[VolatileSlice<'_, B>],
-        direction: Direction,
-    ) -> io::Result<()> {
-        let mut iovecs: Vec<_> = pieces
-            .iter()
-            .map(|piece| libc::iovec {
-                iov_base: piece.ptr_guard_mut().as_ptr().cast(),
-                iov_len: piece.len(),
-            })
-            .collect();
-        let mut rest = &mut iovecs[..];
-        while !rest.is_empty() {
-            let count = rest.len().min(MOST_PIECES) as i32;
-            let fd = self.file.as_raw_fd();
-            // SAFETY: every iovec is a piece of guest memory, which is mapped for as long as `pieces` borrows it and
-            // may change at any time; the kernel reads or writes no more than that.
-            let moved = unsafe {
-                match direction {
-                    Direction::FromDisk => libc::preadv(fd, rest.as_ptr(), count, at as i64),
-                    Direction::ToDisk => libc::pwritev(fd, rest.as_ptr(), count, at as i64),
-                }
-            };
-            match moved {
-                -1 => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != ErrorKind::Interrupted {
-                        return Err(error);
-                    }
-                }
-                0 => return Err(ErrorKind::UnexpectedEof.into()),
-                moved => {
-                    at += moved as u64;
-                    rest = advance(rest, moved as usize);
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Discards `len` bytes: they read as anything afterwards, and need no space.
@@ -261,7 +219,7 @@ impl Disk {
         };
         match self.allocate(mode, at, len) {
             Err(e) if cannot(&e) => {
-                let mut zeroes = Bounce::new(ZEROES);
+                let zeroes = Bounce::new(ZEROES);
                 (at..at + len).step_by(ZEROES).try_for_each(|from| {
                     let piece = (at + len - from).min(ZEROES as u64) as usize;
                     self.file.write_all_at(&zeroes.bytes()[..piece], from)
@@ -281,10 +239,17 @@ impl Disk {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Direction {
-    FromDisk,
-    ToDisk,
+/// The block size of direct I/O to `file`. It is found by trying: not every kernel and file system tells.
+fn direct_block(file: &File) -> io::Result<u64> {
+    let mut size = SECTOR;
+    loop {
+        let mut block = Bounce::new(size as usize);
+        match file.read_at(block.bytes_mut(), 0) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) && size < LARGEST_BLOCK => size *= 2,
+            Err(e) => return Err(e),
+            Ok(_) => return Ok(size),
+        }
+    }
 }
 
 /// Whether the file system just cannot do it.
@@ -293,74 +258,4 @@ fn cannot(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
     )
-}
-
-fn total<B: BitmapSlice>(pieces: &[VolatileSlice<'_, B>]) -> usize {
-    pieces.iter().map(VolatileSlice::len).sum()
-}
-
-/// What is left of `iovecs` after `moved` bytes.
-fn advance(iovecs: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
-    let whole = iovecs.iter().take_while(|iovec| {
-        let all = moved >= iovec.iov_len;
-        moved -= if all { iovec.iov_len } else { 0 };
-        all
-    });
-    let whole = whole.count();
-    let rest = &mut iovecs[whole..];
-    if let Some(first) = rest.first_mut() {
-        first.iov_base = first.iov_base.wrapping_byte_add(moved);
-        first.iov_len -= moved;
-    }
-    rest
-}
-
-/// A buffer of zeroes that direct I/O can use.
-struct Bounce {
-    room: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Bounce {
-    fn new(len: usize) -> Self {
-        let room = vec![0; len + DIRECT_MEMORY];
-        let start = room.as_ptr().addr().next_multiple_of(DIRECT_MEMORY) - room.as_ptr().addr();
-        Bounce { room, start, len }
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.room[self.start..self.start + self.len]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_short_transfer_goes_on_where_it_stopped() {
-        let iovec = |base: usize, len| libc::iovec {
-            iov_base: std::ptr::without_provenance_mut(base),
-            iov_len: len,
-        };
-        for (moved, first) in [
-            (0, (100, 10)),
-            (4, (104, 6)),
-            (10, (200, 20)),
-            (25, (215, 5)),
-        ] {
-            let mut iovecs = [iovec(100, 10), iovec(200, 20)];
-            let rest = advance(&mut iovecs, moved);
-            assert_eq!((rest[0].iov_base.addr(), rest[0].iov_len), first);
-        }
-        assert!(advance(&mut [iovec(100, 10)], 10).is_empty());
-    }
-
-    #[test]
-    fn a_bounce_buffer_is_aligned() {
-        let mut bounce = Bounce::new(512);
-        assert_eq!(bounce.bytes().len(), 512);
-        assert!(bounce.bytes().as_ptr().addr().is_multiple_of(DIRECT_MEMORY));
-    }
 }

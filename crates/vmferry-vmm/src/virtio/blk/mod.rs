@@ -1,66 +1,58 @@
 //! virtio-blk: a raw image or a block device of the host as a disk.
 //!
-//! Requests are served one after the other by the device's thread. When the machine stands still, each is complete
-//! or has not begun.
+//! | module | idea |
+//! |---|---|
+//! | `request` | what a driver asks for, checked against the disk |
+//! | `transfer` | bytes on their way between the disk and guest memory |
+//! | `engine`, `ring` | what carries requests out: io_uring, or the device's thread itself |
+//! | `disk`, `lock` | the file of the host, and who may use it |
+//!
+//! # In flight
+//!
+//! Reads, writes and flushes are begun as they are found in the queue, and given back in the order in which the host is
+//! done with them; the engine signals the queue's kick for that. There are at most as many as the queue has descriptors:
+//! a driver that offers more waits. Only a running device has requests in flight: when its driver or the
+//! machine ends that, the device waits for the host first, which may still be writing to guest memory.
+//!
+//! Discards and write-zeroes are carried out by the device's thread at once: a file system has them wait for all other I/O
+//! to the file anyway, and what it cannot do is done in several steps.
 
 use std::io;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk as blk;
 
-use super::{Broken, Chain, Kind, Requests, VirtioDevice};
+use super::{Broken, Chain, Kicks, Kind, Requests, VirtioDevice};
 use crate::config::Access;
 use crate::memory::GuestMemory;
 
 mod disk;
+mod engine;
 mod lock;
+mod request;
+mod ring;
+mod transfer;
 
 pub(crate) use disk::Disk;
+use disk::SECTOR;
+pub use engine::DiskIo;
+use engine::{Done, Engine, Job, Work};
+use request::{
+    HEADER, MOST_DISCARDED, MOST_SEGMENTS, MOST_ZEROED, Refusal, Request, STATUS, Segment,
+};
+use transfer::{Direction, Durability, Transfer};
 
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE];
-/// Bytes of virtio's sectors, whatever the disk has.
-pub(crate) const SECTOR: u64 = 512;
-
-/// Request header: type, four reserved bytes, sector.
-const HEADER: usize = 16;
-/// The last byte of a request is its status.
-const STATUS: u64 = 1;
-/// The most that one request may move. Drivers stay far below; what a hostile one can make a pause wait for is bounded
-/// by it.
-const MOST_BYTES: u64 = 64 << 20;
-
-/// A piece of a discard or write-zeroes request: sector, number of sectors, flags.
-const SEGMENT: usize = 16;
-/// The most pieces of one request.
-const MOST_SEGMENTS: u32 = 16;
+/// The block device's only queue.
+const QUEUE: usize = 0;
 /// In which sectors pieces to discard should begin: those where a page of a file does.
 const DISCARD_ALIGNMENT: u32 = 8;
-/// The most sectors of a piece to discard: 2 GiB.
-const MOST_DISCARDED: u32 = 1 << 22;
-/// The most sectors of a piece to zero, which may have to be written: 8 MiB.
-const MOST_ZEROED: u32 = 1 << 14;
-
-/// Why a request fails, in the status that the driver sees.
-enum Refusal {
-    /// The driver asks for what cannot be, or the host failed.
-    Error,
-    Unsupported,
-}
-
-impl Refusal {
-    fn status(&self) -> u8 {
-        let status = match self {
-            Refusal::Error => blk::VIRTIO_BLK_S_IOERR,
-            Refusal::Unsupported => blk::VIRTIO_BLK_S_UNSUPP,
-        };
-        status as u8
-    }
-}
 
 /// A block device.
 pub(crate) struct Block {
     disk: Arc<Disk>,
+    engine: Box<dyn Engine>,
     /// What the driver has chosen.
     features: u64,
 }
@@ -69,135 +61,175 @@ impl Block {
     /// Queues of the device.
     pub const QUEUES: usize = QUEUE_SIZES.len();
 
-    pub fn new(disk: Arc<Disk>) -> Self {
-        Block { disk, features: 0 }
+    /// A device for `disk`, with the best way to its host that there is. `kicks` are the device's.
+    pub fn new(disk: Arc<Disk>, kicks: &Kicks) -> Self {
+        let engine = engine::choose(&disk, QUEUE_SIZE, &kicks.of(QUEUE));
+        Block {
+            disk,
+            engine,
+            features: 0,
+        }
     }
 
-    /// Whether the driver flushes what it wants to be safe; else every write must be.
-    fn driver_flushes(&self) -> bool {
-        self.features & 1 << blk::VIRTIO_BLK_F_FLUSH != 0
+    /// A device that serves one request after the other.
+    #[cfg(test)]
+    pub fn synchronous(disk: Arc<Disk>) -> Self {
+        Block {
+            engine: Box::new(engine::Synchronous(disk.clone())),
+            disk,
+            features: 0,
+        }
     }
 
-    fn execute(&self, memory: &GuestMemory, chain: &Chain) -> Result<(), Refusal> {
-        let mut header = [0; HEADER];
-        chain.readable.read(memory, 0, &mut header);
-        let kind = u32_at(&header, 0);
-        let sector = u64_at(&header, 8);
-        let to_disk = chain.readable.len() - HEADER as u64;
-        let to_guest = chain.writable.len() - STATUS;
-        match kind {
-            blk::VIRTIO_BLK_T_IN => {
-                let at = self.place(sector, to_guest)?;
-                let pieces = chain.writable.slices(memory, 0, to_guest);
-                self.host("read", at, self.disk.read(at, pieces))
+    /// How requests reach the host.
+    pub fn io(&self) -> DiskIo {
+        self.engine.io()
+    }
+
+    /// What writes have to reach: all there is, if the driver does not flush what it wants to be safe.
+    fn durability(&self) -> Durability {
+        match self.features & 1 << blk::VIRTIO_BLK_F_FLUSH != 0 {
+            true => Durability::Written,
+            false => Durability::Safe,
+        }
+    }
+
+    /// Begins a request, or answers it at once.
+    fn begin(&mut self, requests: &mut Requests<'_>, chain: Chain) -> Result<(), Broken> {
+        request::check_frame(&chain)?;
+        let memory = requests.memory;
+        let outcome = match Request::read(&chain, memory, &self.disk) {
+            Ok(Request::Read { at, len }) if len > 0 => {
+                let work = self.transfer(Direction::FromDisk, at, len, memory, &chain);
+                return self.carry_out(requests, Job { chain, work });
             }
-            blk::VIRTIO_BLK_T_OUT => {
-                self.check_writable()?;
-                let at = self.place(sector, to_disk)?;
-                let pieces = chain.readable.slices(memory, HEADER as u64, to_disk);
-                self.host("write", at, self.disk.write(at, pieces))?;
-                self.settle(at)
+            Ok(Request::Write { at, len }) if len > 0 => {
+                let direction = Direction::ToDisk(self.durability());
+                let work = self.transfer(direction, at, len, memory, &chain);
+                return self.carry_out(requests, Job { chain, work });
             }
-            blk::VIRTIO_BLK_T_FLUSH => self.host("flush", 0, self.disk.flush()),
-            blk::VIRTIO_BLK_T_GET_ID => {
-                let mut id = [0; blk::VIRTIO_BLK_ID_BYTES as usize];
-                let name = self.disk.id().as_bytes();
-                let len = name.len().min(id.len());
-                id[..len].copy_from_slice(&name[..len]);
-                let len = id.len().min(to_guest as usize);
-                chain.writable.write(memory, 0, &id[..len]);
+            Ok(Request::Flush) => {
+                let work = Work::Flush;
+                return self.carry_out(requests, Job { chain, work });
+            }
+            Ok(Request::Read { .. } | Request::Write { .. }) => Ok(()),
+            Ok(Request::Id) => {
+                self.tell_id(memory, &chain);
                 Ok(())
             }
-            blk::VIRTIO_BLK_T_DISCARD | blk::VIRTIO_BLK_T_WRITE_ZEROES => {
-                self.check_writable()?;
-                self.change_segments(kind, memory, chain)
-            }
-            _ => Err(Refusal::Unsupported),
-        }
+            Ok(Request::Discard(segments)) => self.discard(&segments),
+            Ok(Request::Zero(segments)) => self.zero(&segments),
+            Err(refusal) => Err(refusal),
+        };
+        answer(requests, &chain, outcome)?;
+        requests.announce()
     }
 
-    /// Where `bytes` from `sector` on are, if the disk has them.
-    fn place(&self, sector: u64, bytes: u64) -> Result<u64, Refusal> {
-        let end = bytes
-            .is_multiple_of(SECTOR)
-            .then(|| sector.checked_add(bytes / SECTOR))
-            .flatten();
-        match end {
-            Some(end) if end <= self.disk.sectors() && bytes <= MOST_BYTES => Ok(sector * SECTOR),
-            _ => {
-                tracing::debug!(sector, bytes, id = self.disk.id(), "no place on the disk");
-                Err(Refusal::Error)
-            }
+    fn carry_out(&mut self, requests: &mut Requests<'_>, job: Job) -> Result<(), Broken> {
+        if let Some(done) = self.engine.begin(job) {
+            self.conclude(requests, &done)?;
         }
+        requests.announce()
     }
 
-    fn check_writable(&self) -> Result<(), Refusal> {
-        match self.disk.access() {
-            Access::ReadWrite => Ok(()),
-            Access::ReadOnly => Err(Refusal::Error),
-        }
-    }
-
-    /// Makes a write safe if nobody else will.
-    fn settle(&self, at: u64) -> Result<(), Refusal> {
-        match self.driver_flushes() {
-            true => Ok(()),
-            false => self.host("flush", at, self.disk.flush()),
-        }
-    }
-
-    /// Discards or zeroes what a request lists.
-    fn change_segments(
+    fn transfer(
         &self,
-        kind: u32,
+        direction: Direction,
+        at: u64,
+        len: u64,
         memory: &GuestMemory,
         chain: &Chain,
-    ) -> Result<(), Refusal> {
-        let len = chain.readable.len() - HEADER as u64;
-        let count = len / SEGMENT as u64;
-        if !len.is_multiple_of(SEGMENT as u64) || !(1..=MOST_SEGMENTS.into()).contains(&count) {
-            return Err(Refusal::Error);
+    ) -> Work {
+        let aligned = self.disk.memory_alignment();
+        // SAFETY: guest memory stays mapped for as long as its machine has devices (`Machine`'s order of fields), and a
+        // transfer lives no longer than this device's engine.
+        Work::Transfer(unsafe {
+            match direction {
+                Direction::FromDisk => {
+                    let slices = chain.writable.slices(memory, 0, len);
+                    Transfer::new(direction, at, slices, aligned)
+                }
+                Direction::ToDisk(_) => {
+                    let slices = chain.readable.slices(memory, HEADER, len);
+                    Transfer::new(direction, at, slices, aligned)
+                }
+            }
+        })
+    }
+
+    /// Answers all requests that the host is done with, and tells the driver once.
+    fn conclude_all(&mut self, requests: &mut Requests<'_>) -> Result<(), Broken> {
+        while let Some(done) = self.engine.done() {
+            self.conclude(requests, &done)?;
         }
-        let zeroes = kind == blk::VIRTIO_BLK_T_WRITE_ZEROES;
-        let (most, known_flags) = match zeroes {
-            true => (MOST_ZEROED, blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP),
-            false => (MOST_DISCARDED, 0),
+        requests.announce()
+    }
+
+    fn conclude(&self, requests: &mut Requests<'_>, done: &Done) -> Result<(), Broken> {
+        done.arrive(requests.memory);
+        let (what, at) = match &done.job.work {
+            Work::Flush => ("flush", 0),
+            Work::Transfer(transfer) => match transfer.direction {
+                Direction::FromDisk => ("read", transfer.at()),
+                Direction::ToDisk(_) => ("write", transfer.at()),
+            },
         };
-        // All are checked before the first takes effect.
-        let mut segments = Vec::new();
-        for number in 0..count {
-            let mut segment = [0; SEGMENT];
-            let offset = HEADER as u64 + number * SEGMENT as u64;
-            chain.readable.read(memory, offset, &mut segment);
-            let (sector, sectors) = (u64_at(&segment, 0), u32_at(&segment, 8));
-            let flags = u32_at(&segment, 12);
-            if flags & !known_flags != 0 {
-                return Err(Refusal::Unsupported);
-            }
-            let end = sector.checked_add(sectors.into());
-            if sectors > most || end.is_none_or(|end| end > self.disk.sectors()) {
-                return Err(Refusal::Error);
-            }
-            segments.push((sector * SECTOR, u64::from(sectors) * SECTOR, flags));
+        let outcome = self.host(what, at, &done.outcome);
+        answer(requests, &done.job.chain, outcome)
+    }
+
+    fn tell_id(&self, memory: &GuestMemory, chain: &Chain) {
+        let mut id = [0; blk::VIRTIO_BLK_ID_BYTES as usize];
+        let name = self.disk.id().as_bytes();
+        let len = name.len().min(id.len());
+        id[..len].copy_from_slice(&name[..len]);
+        let len = id.len().min((chain.writable.len() - STATUS) as usize);
+        chain.writable.write(memory, 0, &id[..len]);
+    }
+
+    fn discard(&self, segments: &[Segment]) -> Result<(), Refusal> {
+        for Segment { at, len, .. } in segments {
+            self.host("discard", *at, &self.disk.discard(*at, *len))?;
         }
-        for (at, len, flags) in segments.into_iter().filter(|(_, len, _)| *len > 0) {
-            let unmap = flags & blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
-            match zeroes {
-                true => self.host("zero", at, self.disk.zero(at, len, unmap))?,
-                false => self.host("discard", at, self.disk.discard(at, len))?,
-            }
-            self.settle(at)?;
+        self.settle()
+    }
+
+    fn zero(&self, segments: &[Segment]) -> Result<(), Refusal> {
+        for Segment { at, len, unmap } in segments {
+            self.host("zero", *at, &self.disk.zero(*at, *len, *unmap))?;
         }
-        Ok(())
+        self.settle()
+    }
+
+    /// Makes changes safe if nobody else will.
+    fn settle(&self) -> Result<(), Refusal> {
+        match self.durability() {
+            Durability::Written => Ok(()),
+            Durability::Safe => self.host("flush", 0, &self.disk.flush()),
+        }
     }
 
     /// Reports what the host refused.
-    fn host(&self, what: &str, at: u64, result: io::Result<()>) -> Result<(), Refusal> {
-        result.map_err(|error| {
+    fn host(&self, what: &str, at: u64, outcome: &io::Result<()>) -> Result<(), Refusal> {
+        outcome.as_ref().map_err(|error| {
             tracing::warn!(id = self.disk.id(), at, %error, "cannot {what} the disk");
             Refusal::Error
-        })
+        })?;
+        Ok(())
     }
+}
+
+/// Gives a request back with its status. The driver is still to be told.
+fn answer(
+    requests: &mut Requests<'_>,
+    chain: &Chain,
+    outcome: Result<(), Refusal>,
+) -> Result<(), Broken> {
+    let status_at = chain.writable.len() - STATUS;
+    let status = request::status(outcome);
+    chain.writable.write(requests.memory, status_at, &[status]);
+    // A chain has less than 4 GiB.
+    requests.put_back(chain.head(), chain.writable.len() as u32)
 }
 
 impl VirtioDevice for Block {
@@ -206,7 +238,9 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let always = 1 << blk::VIRTIO_BLK_F_SEG_MAX | 1 << blk::VIRTIO_BLK_F_FLUSH;
+        let always = 1 << blk::VIRTIO_BLK_F_SEG_MAX
+            | 1 << blk::VIRTIO_BLK_F_BLK_SIZE
+            | 1 << blk::VIRTIO_BLK_F_FLUSH;
         let by_access = match self.disk.access() {
             Access::ReadOnly => 1 << blk::VIRTIO_BLK_F_RO,
             Access::ReadWrite => {
@@ -226,13 +260,15 @@ impl VirtioDevice for Block {
             config[at..at + 4].copy_from_slice(&value.to_le_bytes());
         };
         let sectors = self.disk.sectors();
+        let block_size = self.disk.block_size() as u32;
         set(0, sectors as u32);
         set(4, (sectors >> 32) as u32);
         // Of a queue's descriptors, one is the header and one the status.
         set(12, u32::from(QUEUE_SIZE) - 2);
+        set(20, block_size);
         set(36, MOST_DISCARDED);
         set(40, MOST_SEGMENTS);
-        set(44, DISCARD_ALIGNMENT);
+        set(44, DISCARD_ALIGNMENT.max(block_size / SECTOR as u32));
         set(48, MOST_ZEROED);
         set(52, MOST_SEGMENTS);
         // Write-zeroes may unmap.
@@ -249,29 +285,26 @@ impl VirtioDevice for Block {
     }
 
     fn serve(&mut self, _: usize, requests: &mut Requests<'_>) -> Result<(), Broken> {
-        while let Some(chain) = requests.next()? {
-            if chain.readable.len() < HEADER as u64 {
-                return Err(chain.short("a header"));
-            }
-            let Some(status_at) = chain.writable.len().checked_sub(STATUS) else {
-                return Err(chain.short("its status"));
-            };
-            let status = match self.execute(requests.memory, &chain) {
-                Ok(()) => blk::VIRTIO_BLK_S_OK as u8,
-                Err(refusal) => refusal.status(),
-            };
-            chain.writable.write(requests.memory, status_at, &[status]);
-            // A chain has less than 4 GiB.
-            requests.complete(&chain, chain.writable.len() as u32)?;
+        self.conclude_all(requests)?;
+        while self.engine.has_room()
+            && let Some(chain) = requests.next()?
+        {
+            self.begin(requests, chain)?;
         }
+        self.engine.submit();
         Ok(())
     }
-}
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
-}
+    fn in_flight(&self) -> usize {
+        self.engine.in_flight()
+    }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+    fn abandon(&mut self, memory: &GuestMemory) {
+        while self.engine.in_flight() > 0 {
+            self.engine.wait();
+            while let Some(done) = self.engine.done() {
+                done.arrive(memory);
+            }
+        }
+    }
 }

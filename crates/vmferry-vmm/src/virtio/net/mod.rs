@@ -129,11 +129,11 @@ impl Network {
         while room < len as u64 {
             if !self.merges() && !chains.is_empty() {
                 tracing::debug!(len, "a frame is larger than the room for it and is lost");
-                requests.put_back(chains.len() as u16);
+                requests.leave(chains.len() as u16);
                 return Ok(Delivery::Done);
             }
             let Some(chain) = requests.next()? else {
-                requests.put_back(chains.len() as u16);
+                requests.leave(chains.len() as u16);
                 return Ok(Delivery::Later);
             };
             if chain.writable.len() < HEADER as u64 {

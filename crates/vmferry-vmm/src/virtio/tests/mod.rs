@@ -1,5 +1,6 @@
 //! Devices, driven as a driver would: through their registers and through rings in guest memory.
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -180,6 +181,31 @@ impl Bench {
     /// Has the device look at a queue, as its thread does.
     fn serve(&self, queue: usize) {
         self.slot.serve(queue, &self.gate);
+    }
+
+    /// The same, again and again as the device has its queue kicked, until nothing is in flight.
+    fn serve_all(&self, queue: usize) {
+        self.serve(queue);
+        while self.slot.in_flight() > 0 {
+            self.wait_for_kick(queue);
+            self.serve(queue);
+        }
+    }
+
+    /// Waits until the device has its queue kicked.
+    fn wait_for_kick(&self, queue: usize) {
+        /// Milliseconds; far longer than anything here takes.
+        const PATIENCE: i32 = 20_000;
+        let kick = self.slot.kicks().of(queue);
+        let mut entry = libc::pollfd {
+            fd: kick.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one entry, which poll fills in.
+        let ready = unsafe { libc::poll(&mut entry, 1, PATIENCE) };
+        assert_eq!(ready, 1, "no kick");
+        kick.read().unwrap();
     }
 
     /// How many requests the device has given back, and the length of the last.

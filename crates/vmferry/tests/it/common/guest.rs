@@ -21,6 +21,8 @@ pub struct Shape {
     pub dirty_log: &'static str,
     /// The guest's own parameters, without the number of its vCPUs.
     pub load: String,
+    /// Further arguments of the machines that it runs on.
+    pub more: Vec<String>,
 }
 
 impl Shape {
@@ -31,6 +33,7 @@ impl Shape {
             cpus: 1,
             dirty_log: "auto",
             load: "ws=32M rate=10000 pattern=random cold=64M sweep=20000".to_owned(),
+            more: Vec::new(),
         }
     }
 
@@ -41,13 +44,16 @@ impl Shape {
             cpus: 2,
             dirty_log: "auto",
             load: "ws=64M rate=20000 pattern=random cold=256M sweep=30000".to_owned(),
+            more: Vec::new(),
         }
     }
 
     /// The arguments of a machine for such a guest.
-    fn machine<'a>(&'a self, cpus: &'a str) -> [&'a str; 6] {
+    fn machine<'a>(&'a self, cpus: &'a str) -> Vec<&'a str> {
         let (memory, dirty_log) = (self.memory, self.dirty_log);
-        ["--memory", memory, "--cpus", cpus, "--dirty-log", dirty_log]
+        let always = ["--memory", memory, "--cpus", cpus, "--dirty-log", dirty_log];
+        let more = self.more.iter().map(String::as_str);
+        always.into_iter().chain(more).collect()
     }
 }
 
@@ -93,6 +99,12 @@ impl<'a> Guest<'a> {
     /// A machine of the same shape that waits for it at a TCP port.
     pub fn tcp_destination(&self) -> Vm {
         self.destination("tcp:127.0.0.1:0")
+    }
+
+    /// Its migrations give up on a peer that is silent for a second.
+    pub fn be_impatient(&mut self) {
+        self.vm
+            .set_parameters(json!({"x-vmferry-peer-timeout": 1000}));
     }
 
     /// Begins a migration that goes on for as long as nobody lifts its bandwidth limit. Gives back where the guest goes,

@@ -164,3 +164,14 @@ pub fn gives_up(destination: &mut Vm) {
         }
     }
 }
+
+/// The guest is paused, and its user is told what to do.
+#[track_caller]
+pub fn assert_undecided(vm: &mut Vm, what_to_do: &str) {
+    vm.wait_for_status(MigrationStatus::Failed);
+    let why = vm.info().error_desc.expect("a reason");
+    assert!(why.contains("the guest is paused here"), "{why}");
+    assert!(why.contains(what_to_do), "{why}");
+    assert_eq!(vm.run_state(), RunState::Paused);
+    assert!(vm.lives());
+}

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::eventually;
+
 /// Where the connection breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -34,6 +36,7 @@ pub enum Fault {
 pub struct Proxy {
     pub uri: String,
     over: Arc<AtomicBool>,
+    reached: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -44,7 +47,8 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("it has one").port();
         let over = Arc::new(AtomicBool::new(false));
-        let flag = over.clone();
+        let reached = Arc::new(AtomicBool::new(false));
+        let (flag, at_place) = (over.clone(), reached.clone());
         let thread = std::thread::spawn(move || {
             let Ok((source, _)) = listener.accept() else {
                 return;
@@ -57,17 +61,27 @@ impl Proxy {
                 Place::Bytes(_) => (Some(place), None),
                 Place::BeforeLoaded | Place::BehindLoaded => (None, Some(place)),
             };
-            let (source, destination, flag) = (&source, &destination, &*flag);
+            let (source, destination) = (&source, &destination);
+            let (flag, at_place) = (&*flag, &*at_place);
             std::thread::scope(|scope| {
-                scope.spawn(move || forward(source, destination, there, fault, flag));
-                scope.spawn(move || forward(destination, source, back, fault, flag));
+                scope.spawn(move || forward(source, destination, there, fault, flag, at_place));
+                scope.spawn(move || forward(destination, source, back, fault, flag, at_place));
             });
         });
         Proxy {
             uri: format!("tcp:127.0.0.1:{port}"),
             over,
+            reached,
             thread: Some(thread),
         }
+    }
+
+    /// Waits until the connection has come to its place.
+    #[track_caller]
+    pub fn wait_until_reached(&self) {
+        eventually("the fault of the connection", || {
+            self.reached.load(Ordering::SeqCst).then_some(())
+        });
     }
 }
 
@@ -89,6 +103,7 @@ fn forward(
     place: Option<Place>,
     fault: Fault,
     over: &AtomicBool,
+    reached: &AtomicBool,
 ) {
     let (mut reader, mut writer) = (from, to);
     let _ = from.set_read_timeout(Some(Duration::from_millis(20)));
@@ -116,6 +131,7 @@ fn forward(
         if writer.write_all(&buffer[..passes]).is_err() {
             break;
         }
+        reached.fetch_or(broken, Ordering::SeqCst);
     }
     // The end of one direction ends a migration's connection.
     let _ = from.shutdown(Shutdown::Both);
