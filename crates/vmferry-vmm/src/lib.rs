@@ -51,5 +51,7 @@ pub use error::MachineError;
 pub use machine::{BalloonInfo, DiskInfo, Machine, MachineEvent, OnEvent, ShutdownCause, VcpuInfo};
 pub use network::NicInfo;
 pub use run_state::RunState;
+#[cfg(fuzzing)]
+pub use virtio::fuzz;
 pub use virtio::{Announcement, DiskIo};
 pub use vmferry_dirty::log::RingSize;

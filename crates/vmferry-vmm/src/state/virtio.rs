@@ -48,7 +48,10 @@ impl fmt::Display for DeviceDescription {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             DeviceDescription::Block { id, .. } => write!(f, "disk '{}'", id.escape_debug()),
-            DeviceDescription::Network { mac, .. } => write!(f, "interface {mac}"),
+            DeviceDescription::Network { mac, offloads } => {
+                let with = if *offloads { "with" } else { "without" };
+                write!(f, "interface {mac} ({with} offloads)")
+            }
             DeviceDescription::Console => f.write_str("a virtio console"),
             DeviceDescription::Rng => f.write_str("a virtio random number generator"),
             DeviceDescription::Balloon(config) => write!(f, "a balloon ({config})"),

@@ -29,6 +29,10 @@ mod balloon;
 mod blk;
 mod chain;
 mod console;
+#[cfg(any(test, fuzzing))]
+mod driver;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod net;
 mod queue;
 mod rng;

@@ -125,6 +125,17 @@ pub(crate) struct SavedTransport {
     device: Vec<u8>,
 }
 
+#[cfg(any(test, fuzzing))]
+impl SavedTransport {
+    /// The same with another state of the device itself.
+    pub fn with_device(self, device: &[u8]) -> Self {
+        SavedTransport {
+            device: device.to_vec(),
+            ..self
+        }
+    }
+}
+
 impl Transport {
     pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> Self {
         let queues = device

@@ -19,6 +19,7 @@ mod events;
 mod killed;
 mod misfit;
 mod monitor;
+mod networks;
 mod qemu_qmp;
 mod there_and_back;
 mod transports;

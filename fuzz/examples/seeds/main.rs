@@ -1,5 +1,7 @@
 //! Writes the seed corpora: `cargo run --example seeds`, in this folder.
 
+mod driver;
+
 use std::fs;
 
 use vmferry_wire::{
@@ -57,5 +59,10 @@ fn main() -> std::io::Result<()> {
     ReturnPathMessage::HandoverLoaded.encode(&mut messages);
     ReturnPathMessage::Error("no room for the guest".to_owned()).encode(&mut messages);
     ReturnPathMessage::Shut(1).encode(&mut messages);
-    fs::write("seeds/return_path/all", messages)
+    fs::write("seeds/return_path/all", messages)?;
+    for (target, steps) in driver::drivers() {
+        fs::create_dir_all(format!("seeds/{target}"))?;
+        fs::write(format!("seeds/{target}/all"), steps)?;
+    }
+    Ok(())
 }
