@@ -16,7 +16,6 @@
 //! | `devices` | the serial port and its back ends, the reset line of the i8042, the event device of ACPI |
 //! | `state` | everything that KVM and the devices know about the guest, out and in |
 //! | `virtio` | virtio-mmio, and the devices behind it: disks, networks, a console, random numbers, a balloon |
-//! | `network` | interfaces, and how they announce a guest that has arrived |
 //! | `machine`, `migrate` | the whole, as its user and as the engine see it |
 
 mod acpi;
@@ -31,7 +30,6 @@ mod layout;
 mod machine;
 mod memory;
 mod migrate;
-mod network;
 mod reclaim;
 mod run_state;
 mod state;
@@ -48,8 +46,9 @@ pub use config::{
 };
 pub use dirty_log::DirtyLogKind;
 pub use error::MachineError;
-pub use machine::{BalloonInfo, DiskInfo, Machine, MachineEvent, OnEvent, ShutdownCause, VcpuInfo};
-pub use network::NicInfo;
+pub use machine::{
+    BalloonInfo, DiskInfo, Machine, MachineEvent, NicInfo, OnEvent, ShutdownCause, VcpuInfo,
+};
 pub use run_state::RunState;
 #[cfg(fuzzing)]
 pub use virtio::fuzz;

@@ -1,8 +1,10 @@
 //! The machine's network interfaces, and how they tell their networks where the guest is.
 
+use std::sync::MutexGuard;
+
+use super::Machine;
 use crate::config::{MacAddress, NetBackend};
 use crate::error::MachineError;
-use crate::machine::Machine;
 use crate::virtio::Announcement;
 
 /// A network interface, for its user.
@@ -66,5 +68,11 @@ impl Machine {
         let announcement = *self.announcement();
         self.announce(announcement, None)
             .expect("no interface is named");
+    }
+
+    fn announcement(&self) -> MutexGuard<'_, Announcement> {
+        self.announcement
+            .lock()
+            .expect("no holder of the announcement panics")
     }
 }

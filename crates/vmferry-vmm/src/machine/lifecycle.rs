@@ -1,0 +1,314 @@
+//! Starting, stopping and resetting the guest: by its user, by a migration, by itself.
+
+use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
+
+use vm_superio::SerialState;
+
+use super::{Machine, MachineEvent, ShutdownCause};
+use crate::boot::Occasion;
+use crate::config::OnReset;
+use crate::error::MachineError;
+use crate::run_state::RunState;
+use crate::state::clock::ClockState;
+use crate::state::cpu;
+use crate::state::machine::Description;
+use crate::vcpu::{GuestRequest, Wanted};
+
+/// How long a guest that is to stop, for its user or for a migration, may wait for its disks: requests that the host has
+/// begun have to be complete. What takes longer is no delay but a failure, and a migration's guest is better off where it
+/// was.
+const STANDSTILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// Who decides about the guest's next start, beside the user.
+pub(crate) enum Handover {
+    /// Nobody.
+    None,
+    /// A migration has stopped the guest here.
+    Leaving {
+        /// What the machine was doing before.
+        before: RunState,
+        /// The clocks when the guest stopped.
+        clocks: ClockState,
+    },
+    /// A guest's state is in place and its clocks wait to be set.
+    Arrived {
+        clocks: ClockState,
+        tsc_deadlines: Vec<u64>,
+    },
+}
+
+/// What the machine is doing. Whoever holds the mutex around it is the only one to start or stop the guest.
+pub(crate) struct Lifecycle {
+    pub state: RunState,
+    pub handover: Handover,
+    /// The machine as its guest knows it; a guest that arrived knows its source's CPU.
+    pub description: Description,
+}
+
+impl Machine {
+    /// What the machine is doing.
+    pub fn run_state(&self) -> RunState {
+        self.lifecycle().state
+    }
+
+    /// Starts the guest, or lets it go on. Does nothing if it runs.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        let mut lifecycle = self.lifecycle();
+        let hint = match lifecycle.state {
+            RunState::Running => return Ok(()),
+            RunState::Prelaunch | RunState::Paused | RunState::PostMigrate => {
+                return self.run(&mut lifecycle);
+            }
+            RunState::FinishMigrate => {
+                "a migration decides on which host it goes on; wait for its end, or cancel it"
+            }
+            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
+            RunState::Shutdown | RunState::InternalError => "reset it first",
+        };
+        Err(wrong_state("resume the guest", lifecycle.state, hint))
+    }
+
+    /// Stops the guest until [`resume`](Self::resume). Does nothing if it does not run.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        let mut lifecycle = self.lifecycle();
+        let hint = match lifecycle.state {
+            RunState::Running => return self.stop(&mut lifecycle, RunState::Paused),
+            RunState::FinishMigrate => {
+                "a migration has stopped it already; wait for its end, or cancel it"
+            }
+            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
+            _ => return Ok(()),
+        };
+        Err(wrong_state("pause the guest", lifecycle.state, hint))
+    }
+
+    /// Starts the guest anew from its kernel image, as the reset button does. A guest that did not run waits
+    /// in [`RunState::Prelaunch`] then.
+    pub fn reset(&self) -> Result<(), MachineError> {
+        let mut lifecycle = self.lifecycle();
+        match lifecycle.state {
+            RunState::FinishMigrate => {
+                let hint = "wait for the end of the migration, or cancel it";
+                return Err(wrong_state("reset the guest", lifecycle.state, hint));
+            }
+            RunState::InMigrate => {
+                let hint = "it has not arrived yet; wait for the incoming migration";
+                return Err(wrong_state("reset the guest", lifecycle.state, hint));
+            }
+            RunState::Running => {
+                self.try_to_hold()?;
+                let done = self.switch_on(Occasion::Reset);
+                self.go();
+                done?;
+            }
+            _ => {
+                self.switch_on(Occasion::Reset)?;
+                lifecycle.state = RunState::Prelaunch;
+            }
+        }
+        self.emit(MachineEvent::Reset { guest: false });
+        Ok(())
+    }
+
+    /// Stops the guest for good.
+    pub fn quit(&self) {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.state == RunState::Running {
+            self.hold();
+        }
+        lifecycle.state = RunState::Shutdown;
+        lifecycle.handover = Handover::None;
+        self.emit(MachineEvent::Shutdown {
+            cause: ShutdownCause::User,
+        });
+    }
+
+    /// Says that the guest has left and runs elsewhere.
+    pub fn set_post_migrate(&self) -> Result<(), MachineError> {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.state != RunState::FinishMigrate {
+            let hint = "no migration has stopped it";
+            return Err(wrong_state("complete a migration", lifecycle.state, hint));
+        }
+        lifecycle.state = RunState::PostMigrate;
+        lifecycle.handover = Handover::None;
+        Ok(())
+    }
+
+    pub(crate) fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
+        self.lifecycle
+            .lock()
+            .expect("no holder of the run state panics")
+    }
+
+    /// Lets the vCPUs run, if the machine has its disks to itself; else everything stays as it is.
+    pub(crate) fn run(&self, lifecycle: &mut Lifecycle) -> Result<(), MachineError> {
+        self.lock_disks()?;
+        lifecycle.state = RunState::Running;
+        lifecycle.handover = Handover::None;
+        self.go();
+        self.emit(MachineEvent::Resume);
+        Ok(())
+    }
+
+    /// Takes the locks of all disks, or of none. A machine keeps them until it gives its guest away.
+    pub(crate) fn lock_disks(&self) -> Result<(), MachineError> {
+        let mut taken = Vec::new();
+        for disk in self.devices.disks() {
+            match disk.lock() {
+                Ok(true) => taken.push(disk),
+                Ok(false) => {}
+                Err(error) => {
+                    // Else neither this machine nor the one that has the other disks could run.
+                    for disk in taken {
+                        disk.unlock()?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops running vCPUs and devices. Instructions and requests are complete then, and nothing writes to guest memory.
+    /// If that takes longer than [`STANDSTILL_LIMIT`], everything goes on instead.
+    pub(crate) fn stop(
+        &self,
+        lifecycle: &mut Lifecycle,
+        state: RunState,
+    ) -> Result<(), MachineError> {
+        self.try_to_hold()?;
+        for vcpu in &self.vcpus {
+            // Lets the guest's watchdogs know that time went by. It fails if the guest has no kvmclock.
+            let _ = vcpu.lock().fd.kvmclock_ctrl();
+        }
+        lifecycle.state = state;
+        self.emit(MachineEvent::Stop);
+        Ok(())
+    }
+
+    fn go(&self) {
+        self.devices.go();
+        self.gate.set(Wanted::Run);
+        self.bus.serial.accept_input(true);
+    }
+
+    /// Brings everything to a stand, however long the host takes for the requests that it has.
+    fn hold(&self) {
+        self.ask_to_hold();
+        self.gate.wait_until_held();
+        self.devices.wait_until_held();
+    }
+
+    /// Brings everything to a stand within [`STANDSTILL_LIMIT`], or lets it go on.
+    fn try_to_hold(&self) -> Result<(), MachineError> {
+        self.ask_to_hold();
+        let end = Instant::now() + STANDSTILL_LIMIT;
+        // A vCPU may wait for a device.
+        if self.gate.held_by(end) && self.devices.held_by(end) {
+            return Ok(());
+        }
+        let busy = self.devices.busy();
+        self.go();
+        Err(MachineError::Busy(format!(
+            "cannot stop the guest: it does not come to a stand within {STANDSTILL_LIMIT:?}; requests in flight: {}. \
+             It goes on. Look at the host's storage",
+            if busy.is_empty() { "none" } else { &busy }
+        )))
+    }
+
+    fn ask_to_hold(&self) {
+        self.bus.serial.accept_input(false);
+        // Devices are asked first: a vCPU may wait for one that a busy guest keeps at work.
+        self.devices.ask_to_hold();
+        self.gate.set(Wanted::Hold);
+        for thread in &self.threads {
+            thread.kick();
+        }
+    }
+
+    /// Puts the machine into the state in which its kernel starts.
+    pub(super) fn switch_on(&self, occasion: Occasion) -> Result<(), MachineError> {
+        let Some(images) = &self.images else {
+            return Err(MachineError::Config(
+                "cannot reset the guest: it arrived here without its kernel image; start the destination with the \
+                 source's --kernel"
+                    .into(),
+            ));
+        };
+        let entry = images.load(&self.ram.memory, self.config.memory, occasion)?;
+        let features = self.hypervisor.features;
+        for (vcpu, power_on) in self.vcpus.iter().zip(&self.power_on.cpus) {
+            let inner = vcpu.lock();
+            power_on.load_registers(&inner.fd, features)?;
+            cpu::set_tsc_deadline(&inner.fd, 0)?;
+        }
+        entry.apply(&self.vcpus[0].lock().fd)?;
+        self.power_on.irqchip.load(&self.hypervisor.vm)?;
+        self.power_on.pit.load(&self.hypervisor.vm)?;
+        self.bus.serial.set_state(&SerialState::default())?;
+        self.events.set_selector(0);
+        for slot in self.devices.slots() {
+            slot.reset();
+        }
+        self.gate.set_pending(None);
+        Ok(())
+    }
+
+    /// Does what a vCPU of the running guest waits for.
+    pub(crate) fn answer(&self) {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.state != RunState::Running {
+            // Stopped meanwhile; the request stands until the guest goes on.
+            return;
+        }
+        self.hold();
+        match self.gate.pending() {
+            None => self.go(),
+            Some(GuestRequest::PowerOff) => {
+                self.shut_down(&mut lifecycle, ShutdownCause::GuestShutdown);
+            }
+            Some(GuestRequest::Reset) if self.config.on_reset == OnReset::Shutdown => {
+                self.shut_down(&mut lifecycle, ShutdownCause::GuestReset);
+            }
+            Some(GuestRequest::Reset) => match self.switch_on(Occasion::Reset) {
+                Ok(()) => {
+                    self.emit(MachineEvent::Reset { guest: true });
+                    self.go();
+                }
+                Err(error) => {
+                    let reason = format!("the guest cannot be reset: {error}");
+                    self.fail(&mut lifecycle, 0, reason);
+                }
+            },
+            Some(GuestRequest::InternalError { vcpu, reason }) => {
+                self.fail(&mut lifecycle, vcpu, reason);
+            }
+        }
+    }
+
+    fn shut_down(&self, lifecycle: &mut Lifecycle, cause: ShutdownCause) {
+        lifecycle.state = RunState::Shutdown;
+        self.emit(MachineEvent::Shutdown { cause });
+    }
+
+    /// Gives up a guest that cannot go on.
+    pub(crate) fn fail(&self, lifecycle: &mut Lifecycle, vcpu: u32, reason: String) {
+        lifecycle.state = RunState::InternalError;
+        tracing::error!(vcpu, reason, "the guest cannot go on");
+        self.emit(MachineEvent::InternalError { vcpu, reason });
+    }
+}
+
+pub(crate) fn wrong_state(
+    attempted: &'static str,
+    state: RunState,
+    hint: &'static str,
+) -> MachineError {
+    MachineError::State {
+        attempted,
+        state,
+        hint,
+    }
+}

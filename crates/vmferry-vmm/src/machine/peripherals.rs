@@ -1,0 +1,116 @@
+//! The machine's vCPUs, disks, balloon and power button, for its user.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use super::lifecycle::wrong_state;
+use super::{Machine, MachineEvent};
+use crate::config::{Access, Caching};
+use crate::error::MachineError;
+use crate::run_state::RunState;
+use crate::virtio::{BalloonPort, Disk, DiskIo};
+
+/// A vCPU, for its user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VcpuInfo {
+    /// Its number.
+    pub index: u32,
+    /// The kernel's number of its thread.
+    pub thread_id: i32,
+}
+
+/// A disk, for its user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskInfo {
+    /// Its name.
+    pub id: String,
+    /// The image or block device behind it.
+    pub path: PathBuf,
+    /// What the guest may do with it.
+    pub access: Access,
+    /// Whether the host caches it.
+    pub caching: Caching,
+    /// How its guest's requests reach the host.
+    pub io: DiskIo,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// A balloon, for its user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BalloonInfo {
+    /// Bytes of RAM that the guest has left.
+    pub actual: u64,
+    /// What the guest last told of its memory, by QEMU's names.
+    pub statistics: BTreeMap<&'static str, u64>,
+}
+
+impl Machine {
+    /// The vCPUs and their threads.
+    pub fn vcpus(&self) -> Vec<VcpuInfo> {
+        self.vcpus
+            .iter()
+            .map(|vcpu| VcpuInfo {
+                index: vcpu.index,
+                thread_id: vcpu.thread_id(),
+            })
+            .collect()
+    }
+
+    /// The disks.
+    pub fn disks(&self) -> Vec<DiskInfo> {
+        let info = |(disk, io): (&Disk, DiskIo)| DiskInfo {
+            id: disk.id().to_owned(),
+            path: disk.path().to_owned(),
+            access: disk.access(),
+            caching: disk.caching(),
+            io,
+            bytes: disk.bytes(),
+        };
+        self.devices.disks_and_io().map(info).collect()
+    }
+
+    /// The balloon, if there is one. Its statistics are those that the guest told after the last look.
+    pub fn balloon(&self) -> Option<BalloonInfo> {
+        self.devices.balloon().map(BalloonPort::info)
+    }
+
+    /// Asks the guest to make do with so many bytes of RAM, by its balloon.
+    pub fn set_balloon(&self, bytes: u64) -> Result<(), MachineError> {
+        let Some(balloon) = self.devices.balloon() else {
+            let why = "the machine has no balloon: start it with --balloon";
+            return Err(MachineError::Config(why.into()));
+        };
+        let lifecycle = self.lifecycle();
+        let hint = match lifecycle.state {
+            RunState::Running | RunState::Prelaunch | RunState::Paused => {
+                balloon.set_target(bytes);
+                return Ok(());
+            }
+            RunState::FinishMigrate => "wait for the end of the migration, or cancel it",
+            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
+            RunState::PostMigrate => "it has left; ask it where it is",
+            RunState::Shutdown | RunState::InternalError => "it has stopped for good",
+        };
+        let attempted = "ask the guest for memory";
+        Err(wrong_state(attempted, lifecycle.state, hint))
+    }
+
+    /// Presses the power button. What follows is up to the guest: an operating system shuts down.
+    pub fn power_button(&self) -> Result<(), MachineError> {
+        let lifecycle = self.lifecycle();
+        let hint = match lifecycle.state {
+            RunState::Running | RunState::Prelaunch | RunState::Paused => {
+                self.events.press_power_button();
+                self.emit(MachineEvent::PowerButton);
+                return Ok(());
+            }
+            RunState::FinishMigrate => "wait for the end of the migration, or cancel it",
+            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
+            RunState::PostMigrate => "it has left; press the button where it is",
+            RunState::Shutdown | RunState::InternalError => "it has stopped for good",
+        };
+        let attempted = "press the guest's power button";
+        Err(wrong_state(attempted, lifecycle.state, hint))
+    }
+}
