@@ -219,7 +219,7 @@ fn migration(discipline: Discipline, seed: u64, all: &mut Tally) {
         let mut random = fastrand::Rng::with_seed(seed);
         for _ in 0..random.usize(4..12) {
             // What the engine does: hints flow from after a sync to the next one.
-            *lock(&round) = Some(tracker.begin_hints());
+            *lock(&round) = Some(tracker.begin_hints().expect("this log never fails"));
             pass(&tracker, &guest, &mut copy, Some(&mut random), all);
             tracker.sync().expect("this log never fails");
         }
@@ -280,11 +280,7 @@ fn balloon(
             .min(start.next_multiple_of(STRIPE))
             .min(PAGES);
         let range = PageRange::new(start, end);
-        let hint = |round, range| {
-            tracker
-                .hint(round, BLOCK, range)
-                .expect("this log never fails")
-        };
+        let hint = |round, range| tracker.hint(round, BLOCK, range);
         if random.u8(..) < 16 {
             late.push_back((current, range));
             if late.len() > 100

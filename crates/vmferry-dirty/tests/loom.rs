@@ -258,7 +258,7 @@ impl Migration {
         });
         let chunk = ArmingChunk::default();
         let tracker = DirtyTracker::start(guest.clone(), &[2], discipline, chunk).unwrap();
-        let round = tracker.begin_hints();
+        let round = tracker.begin_hints().unwrap();
         Migration {
             guest,
             tracker: tracker.into(),
@@ -268,7 +268,7 @@ impl Migration {
 
     /// The balloon says that page 0 is free.
     fn hint(&self) {
-        self.tracker.hint(self.round, BLOCK, range(0, 1)).unwrap();
+        self.tracker.hint(self.round, BLOCK, range(0, 1));
     }
 
     /// Sends what is dirty.
@@ -311,6 +311,27 @@ fn a_page_in_use_again_is_not_lost() {
         let balloon = thread::spawn(move || {
             other.hint();
             other.guest.write(0, 1);
+        });
+        let mut sent = [0, 0];
+        migration.pass(&mut sent);
+        migration.tracker.sync().unwrap();
+        migration.pass(&mut sent);
+        balloon.join().unwrap();
+        migration.tracker.sync().unwrap();
+        migration.pass(&mut sent);
+        migration.check(&sent);
+    });
+}
+
+/// The same, but the guest does not wait until it was heard.
+#[test]
+fn a_page_in_use_again_before_it_was_heard_is_not_lost() {
+    check_with_three_switches(|discipline| {
+        let migration = Migration::start(discipline);
+        let other = migration.clone();
+        let balloon = thread::spawn(move || {
+            other.guest.write(0, 1);
+            other.hint();
         });
         let mut sent = [0, 0];
         migration.pass(&mut sent);

@@ -63,7 +63,7 @@ impl Driver<'_> {
         loop {
             let before = tracker.set().dirty_pages();
             if let Some(questions) = &questions {
-                questions.ask(tracker);
+                questions.ask(tracker)?;
             }
             self.pass(tracker, Pace::Limited)?;
             self.wait_until_received()?;

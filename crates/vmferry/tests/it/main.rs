@@ -15,6 +15,7 @@ mod dirty_rate;
 mod disk_full;
 mod disks;
 mod events;
+mod hints;
 mod killed;
 mod misfit;
 mod monitor;

@@ -33,6 +33,7 @@ fn ten_hops(lab: &Lab, cpus: u32, discipline: &str, cold: &str, dirty_log: &'sta
             load: format!(
                 "ws=256M rate=50000 pattern=random fill=random cold={cold} cold_fill=random sweep={sweep}"
             ),
+            ..Shape::small()
         },
     );
     guest.works();

@@ -19,6 +19,8 @@ pub struct Shape {
     pub cpus: u32,
     /// `--dirty-log` of the machines that it runs on.
     pub dirty_log: &'static str,
+    /// Arguments for the devices of these machines.
+    pub devices: &'static [&'static str],
     /// The guest's own parameters, without the number of its vCPUs.
     pub load: String,
 }
@@ -30,6 +32,7 @@ impl Shape {
             memory: "256M",
             cpus: 1,
             dirty_log: "auto",
+            devices: &[],
             load: "ws=32M rate=10000 pattern=random cold=64M sweep=20000".to_owned(),
         }
     }
@@ -40,14 +43,16 @@ impl Shape {
             memory: "512M",
             cpus: 2,
             dirty_log: "auto",
+            devices: &[],
             load: "ws=64M rate=20000 pattern=random cold=256M sweep=30000".to_owned(),
         }
     }
 
     /// The arguments of a machine for such a guest.
-    fn machine<'a>(&'a self, cpus: &'a str) -> [&'a str; 6] {
+    fn machine<'a>(&'a self, cpus: &'a str) -> Vec<&'a str> {
         let (memory, dirty_log) = (self.memory, self.dirty_log);
-        ["--memory", memory, "--cpus", cpus, "--dirty-log", dirty_log]
+        let machine = ["--memory", memory, "--cpus", cpus, "--dirty-log", dirty_log];
+        [&machine, self.devices].concat()
     }
 }
 
