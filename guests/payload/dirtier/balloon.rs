@@ -24,6 +24,9 @@ const FREE_PAGE_HINT_CMD_ID: usize = 8;
 
 /// How often is looked for a question: it is an exit to the VMM.
 const POLL_US: u64 = 1000;
+/// The device is notified of so many hints at once, or at the next look for a question. Some of the pages are in use
+/// again by then, and some hints come too late to count.
+const AT_ONCE: u32 = 16;
 /// Kept free in the queue for the end of an answer and the beginning of the next.
 const FOR_WORDS: usize = 2;
 
@@ -43,6 +46,8 @@ struct Driver {
     device: Device,
     queue: Queue,
     answer: Answer,
+    /// Hints that the device has not been notified of.
+    unnoticed: u32,
 }
 
 impl Balloon {
@@ -57,6 +62,7 @@ impl Balloon {
                 device,
                 queue: Queue::new(&RINGS),
                 answer: Answer::default(),
+                unnoticed: 0,
             }),
             next_poll: AtomicU64::new(0),
             poll_ticks: tsc.ticks_us(POLL_US),
@@ -97,7 +103,10 @@ impl Balloon {
             if told {
                 // SAFETY: the caller's promise.
                 unsafe { driver.queue.offer(address, BYTES as u32) };
-                driver.notify();
+                driver.unnoticed += 1;
+                if driver.unnoticed == AT_ONCE {
+                    driver.notify();
+                }
             }
             told
         });
@@ -111,7 +120,8 @@ impl Balloon {
 }
 
 impl Driver {
-    fn notify(&self) {
+    fn notify(&mut self) {
+        self.unnoticed = 0;
         if self.queue.wants_notification() {
             self.device.notify(HINTS);
         }

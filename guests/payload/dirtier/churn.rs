@@ -6,13 +6,16 @@ use super::order::Order;
 use super::random::Random;
 
 /// Pages that are freed and allocated all the time.
-const HOT: usize = 512;
+const HOT: usize = 1024;
 /// One turn in so many exchanges a hot page.
 const EXCHANGE: u64 = 256;
 
+const NONE: u32 = u32::MAX;
+
 /// See the module's documentation.
 pub struct Churn {
-    hot: [Option<u32>; HOT],
+    /// [`NONE`] where there is none yet.
+    hot: [u32; HOT],
     order: Order,
     random: Random,
 }
@@ -21,7 +24,7 @@ impl Churn {
     /// Pages become hot in this `order`.
     pub fn new(order: Order, random: Random) -> Self {
         Self {
-            hot: [None; HOT],
+            hot: [NONE; HOT],
             order,
             random,
         }
@@ -30,12 +33,10 @@ impl Churn {
     /// The page that is freed or allocated next.
     pub fn next(&mut self) -> usize {
         let hot = &mut self.hot[self.random.below(HOT as u64) as usize];
-        let page = match *hot {
-            Some(page) if self.random.below(EXCHANGE) != 0 => page,
-            _ => self.order.next() as u32,
-        };
-        *hot = Some(page);
-        page as usize
+        if *hot == NONE || self.random.below(EXCHANGE) == 0 {
+            *hot = self.order.next() as u32;
+        }
+        *hot as usize
     }
 
     /// Whether a page that was just freed is wanted again at once.

@@ -146,10 +146,7 @@ impl Queue {
     }
 
     /// Whether the device wants to be notified of what was put in so far.
-    ///
-    /// What the processor does after this call, it does after the requests were made.
     pub fn wants_notification(&self) -> bool {
-        fence(Ordering::SeqCst);
         self.rings.used.flags.load(Ordering::Relaxed) & NO_NOTIFY == 0
     }
 
@@ -167,6 +164,9 @@ impl Queue {
         available.ring[usize::from(self.made) % SIZE].store(id, Ordering::Relaxed);
         self.made = self.made.wrapping_add(1);
         available.index.store(self.made, Ordering::Release);
+        // What comes after the request (a look at whether to notify; a write to the page that was offered) does come
+        // after it.
+        fence(Ordering::SeqCst);
     }
 }
 
