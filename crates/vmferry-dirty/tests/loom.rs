@@ -9,6 +9,7 @@
 //! | [`flush_beside_a_hint`] | a COLO flush (merge and pass in one slice), a hint | the same |
 //! | [`who_takes_a_bit_sees_what_was_written_before_it_was_set`] | a pass, a writer that merges | law 1: page content is published with the bit |
 //! | [`a_page_in_use_again_is_not_lost`] | arming passes and a sync, a guest that hints and then writes | laws 1, 3 and 4 |
+//! | [`a_page_in_use_again_before_it_was_heard_is_not_lost`] | the same, a guest that writes and is heard later | law 4 |
 //! | [`a_hint_that_comes_late_changes_nothing`] | the same, a hint that a sync has overtaken | law 4 |
 //!
 //! All run under `LockFree` and `SliceLock`; the first one under `PerBitLock` as well.

@@ -185,11 +185,7 @@ fn a_hint_counts_only_in_its_round_and_inside_the_guest() {
         let all = pages(0, PAGES);
         assert_eq!(tracker.hint(first, BLOCK, all), 0, "after a sync");
         let second = tracker.begin_hints().unwrap();
-        assert_eq!(
-            tracker.hint(first, BLOCK, all),
-            0,
-            "of the last round"
-        );
+        assert_eq!(tracker.hint(first, BLOCK, all), 0, "of the last round");
         assert_eq!(tracker.set().dirty_pages(), dirty);
         assert_eq!(tracker.hint(second, BLOCK, all), dirty);
         assert_eq!(tracker.set().dirty_pages(), 0);

@@ -119,7 +119,9 @@ impl Queue {
     pub fn room(&mut self) -> usize {
         let used = &self.rings.used;
         while self.back != used.index.load(Ordering::Acquire) {
-            let id = used.ring[usize::from(self.back) % SIZE].id.load(Ordering::Relaxed);
+            let id = used.ring[usize::from(self.back) % SIZE]
+                .id
+                .load(Ordering::Relaxed);
             self.free[self.room] = id as u16;
             self.room += 1;
             self.back = self.back.wrapping_add(1);
@@ -230,7 +232,10 @@ mod tests {
         let mut queue = Queue::new(&RINGS);
         (0..SIZE as u32).for_each(|word| queue.tell(word));
         assert_eq!(queue.room(), 0);
-        let mut ids: Vec<u16> = requests(&RINGS, 0).iter().map(|request| request.0).collect();
+        let mut ids: Vec<u16> = requests(&RINGS, 0)
+            .iter()
+            .map(|request| request.0)
+            .collect();
         ids.sort_unstable();
         assert!(ids.into_iter().eq(0..SIZE as u16));
         give_back(&RINGS, 77);
