@@ -2,7 +2,7 @@
 //!
 //! It notices when law 4 is broken, under each discipline in its first 100 rounds: with hints that count across a sync
 //! (neither the balloon nor the tracker ends a round) the guest found 11 to 15 pages wrong, with hints into chunks that
-//! are not armed (`begin_hints` arms nothing) 683 to 1210.
+//! are not armed (`begin_hints` arms nothing) more than 700.
 
 use std::time::Instant;
 
@@ -18,6 +18,8 @@ use crate::common::{eventually, say};
 const ROUNDS: u64 = 200;
 /// Rounds in one migration. What is lost in it shows after it.
 const ROUNDS_A_MIGRATION: u64 = 100;
+/// Where the guest hardly gets a processor, a pass may leave nothing, and the migration ends early.
+const MOST_MIGRATIONS: u64 = 20;
 
 /// What the guest has told its balloon so far, on all hosts.
 fn told(guest: &Guest) -> Hints {
@@ -68,6 +70,7 @@ fn nothing_is_lost_under(discipline: &str) {
     );
     let (mut spared, mut migrations) = (0, 0);
     while told(&guest).rounds < ROUNDS {
+        assert!(migrations < MOST_MIGRATIONS, "{:?}", told(&guest));
         guest.vm.set_parameters(json!({
             "x-vmferry-discipline": discipline,
             // Many chunks, each armed by itself.
