@@ -23,7 +23,7 @@ mod heartbeat;
 #[cfg(test)]
 mod payload;
 
-pub use heartbeat::Heartbeat;
+pub use heartbeat::{Heartbeat, Hints};
 
 /// A payload guest.
 #[derive(Clone, Copy)]

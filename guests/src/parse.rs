@@ -1,30 +1,39 @@
 //! The host's side of the guests' heartbeats.
 
-use crate::Heartbeat;
+use crate::{Heartbeat, Hints};
 
 impl Heartbeat {
     /// Reads one line of a guest's serial output. `None` if it is anything but a whole heartbeat: the
     /// guests print other lines too.
     pub fn parse(line: &str) -> Option<Self> {
         let (_guest, fields) = line.trim().split_once(": ")?;
-        let mut fields = fields.split(' ');
-        let mut field = |name| -> Option<u64> {
-            let value = fields.next()?.strip_prefix(name)?.strip_prefix('=')?;
-            value.parse().ok()
-        };
+        let mut fields = fields.split(' ').peekable();
         let heartbeat = Self {
-            vcpu: field("vcpu")?.try_into().ok()?,
-            t: field("t")?,
-            written: field("written")?,
-            verified: field("verified")?,
-            corrupt: field("corrupt")?,
-            gap_us: field("gap_us")?,
-            maxgap_us: field("maxgap_us")?,
-            sweeps: field("sweeps")?,
-            rate: field("rate")?,
+            vcpu: number(&mut fields, "vcpu")?.try_into().ok()?,
+            t: number(&mut fields, "t")?,
+            written: number(&mut fields, "written")?,
+            verified: number(&mut fields, "verified")?,
+            corrupt: number(&mut fields, "corrupt")?,
+            gap_us: number(&mut fields, "gap_us")?,
+            maxgap_us: number(&mut fields, "maxgap_us")?,
+            sweeps: number(&mut fields, "sweeps")?,
+            rate: number(&mut fields, "rate")?,
+            hints: match fields.peek() {
+                None => None,
+                Some(_) => Some(Hints {
+                    hinted: number(&mut fields, "hinted")?,
+                    rounds: number(&mut fields, "rounds")?,
+                }),
+            },
         };
         fields.next().is_none().then_some(heartbeat)
     }
+}
+
+/// The next field, which has this name.
+fn number<'a>(fields: &mut impl Iterator<Item = &'a str>, name: &str) -> Option<u64> {
+    let value = fields.next()?.strip_prefix(name)?.strip_prefix('=')?;
+    value.parse().ok()
 }
 
 #[cfg(test)]
@@ -46,10 +55,23 @@ mod tests {
             maxgap_us: 56_789,
             sweeps: 1,
             rate: 50_000,
+            hints: None,
         };
         assert_eq!(Heartbeat::parse(LINE), Some(heartbeat));
         assert_eq!(Heartbeat::parse(&format!("{LINE}\r\n")), Some(heartbeat));
         assert_eq!(format!("dirtier: {heartbeat}"), LINE);
+
+        let hints = Hints {
+            hinted: 17,
+            rounds: 3,
+        };
+        let line = format!("{LINE} hinted=17 rounds=3");
+        let heartbeat = Heartbeat {
+            hints: Some(hints),
+            ..heartbeat
+        };
+        assert_eq!(Heartbeat::parse(&line), Some(heartbeat));
+        assert_eq!(format!("dirtier: {heartbeat}"), line);
     }
 
     #[test]

@@ -3,6 +3,8 @@
 
 #![allow(dead_code, reason = "the guest uses what the tests do not")]
 
+#[path = "../payload/dirtier/answer.rs"]
+mod answer;
 #[path = "../payload/rt/cmdline.rs"]
 pub mod cmdline;
 #[path = "../payload/dirtier/ledger.rs"]
@@ -15,6 +17,8 @@ mod page;
 mod params;
 #[path = "../payload/dirtier/plan.rs"]
 mod plan;
+#[path = "../payload/rt/virtio/queue.rs"]
+mod queue;
 #[path = "../payload/dirtier/random.rs"]
 mod random;
 

@@ -50,8 +50,6 @@ struct Stripe {
     dirty: u64,
     armed: u64,
     free: u64,
-    /// Free, and the hint was not heard yet: a guest leaves such pages alone.
-    offered: u64,
 }
 
 impl Guest {
@@ -70,12 +68,9 @@ impl Guest {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes to a page, and takes it into use if it was free. Not to one that is being hinted.
+    /// Writes to a page, and takes it into use if it was free, whether or not its hint was heard.
     fn write(&self, page: usize, value: u64) {
         let (mut stripe, bit) = (self.stripe(page / STRIPE), 1 << (page % STRIPE));
-        if stripe.offered & bit != 0 {
-            return;
-        }
         stripe.free &= !bit;
         if stripe.armed & bit != 0 {
             stripe.armed &= !bit;
@@ -89,15 +84,6 @@ impl Guest {
         let mut stripe = self.stripe(range.start.0 / STRIPE);
         for page in range.indices() {
             stripe.free |= 1 << (page % STRIPE);
-            stripe.offered |= 1 << (page % STRIPE);
-        }
-    }
-
-    /// The hint for a range was heard.
-    fn heard(&self, range: PageRange) {
-        let mut stripe = self.stripe(range.start.0 / STRIPE);
-        for page in range.indices() {
-            stripe.offered &= !(1 << (page % STRIPE));
         }
     }
 
@@ -219,7 +205,7 @@ fn migration(discipline: Discipline, seed: u64, all: &mut Tally) {
         let mut random = fastrand::Rng::with_seed(seed);
         for _ in 0..random.usize(4..12) {
             // What the engine does: hints flow from after a sync to the next one.
-            *lock(&round) = Some(tracker.begin_hints());
+            *lock(&round) = Some(tracker.begin_hints().expect("this log never fails"));
             pass(&tracker, &guest, &mut copy, Some(&mut random), all);
             tracker.sync().expect("this log never fails");
         }
@@ -259,8 +245,8 @@ fn write(guest: &Guest, writer: u64, seed: u64, over: &AtomicBool) -> u64 {
     written
 }
 
-/// Frees pages, hints them, and uses some of them again as soon as the hint was heard. Some hints come late: in a later
-/// round than the one they are of.
+/// Frees pages, hints them, and uses some of them again as soon as the hint was heard; the vCPUs do not wait for that.
+/// Some hints come late: in a later round than the one they are of.
 fn balloon(
     guest: &Guest,
     tracker: &DirtyTracker,
@@ -280,11 +266,7 @@ fn balloon(
             .min(start.next_multiple_of(STRIPE))
             .min(PAGES);
         let range = PageRange::new(start, end);
-        let hint = |round, range| {
-            tracker
-                .hint(round, BLOCK, range)
-                .expect("this log never fails")
-        };
+        let hint = |round, range| tracker.hint(round, BLOCK, range);
         if random.u8(..) < 16 {
             late.push_back((current, range));
             if late.len() > 100
@@ -302,7 +284,6 @@ fn balloon(
         }
         guest.free(range);
         hinted += hint(current, range);
-        guest.heard(range);
         for page in range.indices().filter(|page| page % 2 == 0) {
             value -= 1;
             guest.write(page, value);

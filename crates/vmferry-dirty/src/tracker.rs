@@ -20,13 +20,14 @@ use crate::units::{BlockIndex, PageRange};
 ///
 /// # Hints
 ///
-/// A guest that says "this page is free" speaks of the moment at which it says so. The bit may be cleared only as
-/// long as a later write to the page is still going to be seen:
+/// A guest that is asked for its free pages may use one that it told of as soon as it likes, also before the hint has
+/// been looked at (virtio 1.2, section 5.5.6.7.1). So the bit may be cleared only if every write since the question is
+/// still going to be seen:
 ///
 /// - not after a sync that came in between, which may have fetched such a write: so every sync ends the
 ///   [`HintRound`] that was open, and a hint of a round that is over changes nothing;
-/// - not before the page is armed: the write would be in the log already, as one that the guest made before its
-///   hint, and arming would forget it.
+/// - not where the log was not armed before the question: the write would be in the log already, as one that was made
+///   before the last sync, and arming would forget it. So a round begins with arming everything.
 pub struct DirtyTracker {
     log: Arc<dyn DirtyLog>,
     set: DirtySet,
@@ -97,33 +98,34 @@ impl DirtyTracker {
         Ok(new)
     }
 
-    /// Lets hints count until the next sync. The guest must be asked for its free pages after this call: an older
-    /// answer is older than the sync.
-    pub fn begin_hints(&self) -> HintRound {
+    /// Lets hints count until the next sync, and arms the whole log for that. The guest must be asked for its free pages
+    /// after this call: an older answer is older than the sync.
+    ///
+    /// What is armed that early can be written again before it is sent, and is then sent twice: that is the price of
+    /// hints.
+    pub fn begin_hints(&self) -> Result<HintRound, LogError> {
         let mut hints = self.hints.write();
+        for arming in &self.arming {
+            arming.arm(&*self.log, PageRange::new(0, usize::MAX))?;
+        }
         hints.last.0 += 1;
         hints.open = true;
-        hints.last
+        Ok(hints.last)
     }
 
-    /// The guest does not use these pages, and said so in `round`: they need not be sent. Returns how many of them
-    /// were dirty; 0 if the round is over. What lies beyond the block's end, or in no block, is ignored.
-    pub fn hint(
-        &self,
-        round: HintRound,
-        block: BlockIndex,
-        range: PageRange,
-    ) -> Result<u64, LogError> {
-        let Some(arming) = self.arming.get(block.0) else {
-            return Ok(0);
-        };
+    /// The guest does not need what these pages held when it was asked in `round`: unless it has written to them since,
+    /// they need not be sent. Returns how many of them were dirty; 0 if the round is over. What lies beyond the block's
+    /// end, or in no block, is ignored.
+    pub fn hint(&self, round: HintRound, block: BlockIndex, range: PageRange) -> u64 {
+        if block.0 >= self.arming.len() {
+            return 0;
+        }
         let _guard = self.set.lock_for_hint();
         let hints = self.hints.read();
         if !hints.open || hints.last != round {
-            return Ok(0);
+            return 0;
         }
-        arming.arm(&*self.log, range)?;
-        Ok(self.set.clear_held(block, range))
+        self.set.clear_held(block, range)
     }
 
     /// Begins a slice of work at `cursor`.

@@ -9,6 +9,7 @@
 //! | [`flush_beside_a_hint`] | a COLO flush (merge and pass in one slice), a hint | the same |
 //! | [`who_takes_a_bit_sees_what_was_written_before_it_was_set`] | a pass, a writer that merges | law 1: page content is published with the bit |
 //! | [`a_page_in_use_again_is_not_lost`] | arming passes and a sync, a guest that hints and then writes | laws 1, 3 and 4 |
+//! | [`a_page_in_use_again_before_it_was_heard_is_not_lost`] | the same, a guest that writes and is heard later | law 4 |
 //! | [`a_hint_that_comes_late_changes_nothing`] | the same, a hint that a sync has overtaken | law 4 |
 //!
 //! All run under `LockFree` and `SliceLock`; the first one under `PerBitLock` as well.
@@ -258,7 +259,7 @@ impl Migration {
         });
         let chunk = ArmingChunk::default();
         let tracker = DirtyTracker::start(guest.clone(), &[2], discipline, chunk).unwrap();
-        let round = tracker.begin_hints();
+        let round = tracker.begin_hints().unwrap();
         Migration {
             guest,
             tracker: tracker.into(),
@@ -268,7 +269,7 @@ impl Migration {
 
     /// The balloon says that page 0 is free.
     fn hint(&self) {
-        self.tracker.hint(self.round, BLOCK, range(0, 1)).unwrap();
+        self.tracker.hint(self.round, BLOCK, range(0, 1));
     }
 
     /// Sends what is dirty.
@@ -311,6 +312,27 @@ fn a_page_in_use_again_is_not_lost() {
         let balloon = thread::spawn(move || {
             other.hint();
             other.guest.write(0, 1);
+        });
+        let mut sent = [0, 0];
+        migration.pass(&mut sent);
+        migration.tracker.sync().unwrap();
+        migration.pass(&mut sent);
+        balloon.join().unwrap();
+        migration.tracker.sync().unwrap();
+        migration.pass(&mut sent);
+        migration.check(&sent);
+    });
+}
+
+/// The same, but the guest does not wait until it was heard.
+#[test]
+fn a_page_in_use_again_before_it_was_heard_is_not_lost() {
+    check_with_three_switches(|discipline| {
+        let migration = Migration::start(discipline);
+        let other = migration.clone();
+        let balloon = thread::spawn(move || {
+            other.guest.write(0, 1);
+            other.hint();
         });
         let mut sent = [0, 0];
         migration.pass(&mut sent);

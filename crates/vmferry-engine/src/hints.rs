@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use vmferry_dirty::{BlockIndex, DirtyTracker, HintRound, PageRange};
+use vmferry_dirty::{BlockIndex, DirtyTracker, HintRound, LogError, PageRange};
 
 use crate::seam::FreePageHinting;
 
@@ -15,9 +15,9 @@ pub struct FreePageHints {
 }
 
 impl FreePageHints {
-    /// The guest does not use these pages: what they hold need not get to the destination. Only when this has
-    /// returned may the guest be told that it was heard, and use them again. Returns how many pages less are to be
-    /// sent.
+    /// The guest does not need what these pages held when it was asked: unless it has written to them since, that need
+    /// not get to the destination. It may write to them at any time, before or after this call. Returns how many pages
+    /// less are to be sent.
     ///
     /// A hint that comes when the question is out of date, and what lies outside of the guest's RAM, changes
     /// nothing.
@@ -26,12 +26,7 @@ impl FreePageHints {
         let Some(tracker) = &*tracker else {
             return 0;
         };
-        let spared = tracker
-            .hint(self.round, block, pages)
-            .unwrap_or_else(|error| {
-                tracing::warn!("a free-page hint is ignored: {error}");
-                0
-            });
+        let spared = tracker.hint(self.round, block, pages);
         self.tracked.spared.fetch_add(spared, Ordering::Relaxed);
         spared
     }
@@ -86,11 +81,13 @@ impl<'g> Questions<'g> {
     }
 
     /// A sync is done: hints count from here on.
-    pub(crate) fn ask(&self, tracker: &DirtyTracker) {
+    pub(crate) fn ask(&self, tracker: &DirtyTracker) -> Result<(), LogError> {
+        let round = tracker.begin_hints()?;
         self.hinting.start(FreePageHints {
             tracked: self.tracked.clone(),
-            round: tracker.begin_hints(),
+            round,
         });
+        Ok(())
     }
 
     /// A sync is to come.

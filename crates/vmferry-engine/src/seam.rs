@@ -70,7 +70,7 @@ pub enum Activity {
 /// hinting. Methods are called from the migration thread, and do not wait for the guest.
 pub trait FreePageHinting: Send + Sync {
     /// Asks the guest, under a new command id. What it answers to this question, and not to an earlier one, goes to
-    /// `hints`, from whichever thread. The dirty log was fetched just now.
+    /// `hints`, from whichever thread. The dirty log was fetched just now, and armed.
     fn start(&self, hints: FreePageHints);
 
     /// The dirty log is about to be fetched: the guest is told to stop. What it still answers is of no use.

@@ -23,6 +23,17 @@ pub struct Heartbeat {
     pub sweeps: u64,
     /// Pages rewritten since the last heartbeat.
     pub rate: u64,
+    /// Of a guest that tells its balloon which pages are free.
+    pub hints: Option<Hints>,
+}
+
+/// What a guest has told its balloon.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Hints {
+    /// Pages that this vCPU said are free, in total.
+    pub hinted: u64,
+    /// Questions that the guest's vCPUs have answered together.
+    pub rounds: u64,
 }
 
 impl fmt::Display for Heartbeat {
@@ -38,11 +49,16 @@ impl fmt::Display for Heartbeat {
             maxgap_us,
             sweeps,
             rate,
+            hints,
         } = self;
         write!(
             f,
             "vcpu={vcpu} t={t} written={written} verified={verified} corrupt={corrupt} gap_us={gap_us} \
              maxgap_us={maxgap_us} sweeps={sweeps} rate={rate}"
-        )
+        )?;
+        if let Some(Hints { hinted, rounds }) = hints {
+            write!(f, " hinted={hinted} rounds={rounds}")?;
+        }
+        Ok(())
     }
 }

@@ -12,9 +12,13 @@
 #[path = "../rt/mod.rs"]
 mod rt;
 
+mod answer;
+mod balloon;
+mod churn;
 mod heartbeat;
 mod ledger;
 mod memory;
+mod order;
 mod pacer;
 mod page;
 mod params;
@@ -24,7 +28,8 @@ mod worker;
 
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use params::Params;
+use balloon::Balloon;
+use params::{Hints, Params};
 use plan::Plan;
 use rt::clock::{self, Frequency, KvmClock};
 use rt::once::Once;
@@ -42,6 +47,8 @@ struct Shared {
     vcpus: u64,
     tsc: Frequency,
     kvmclock: Option<&'static KvmClock>,
+    /// If pages are freed.
+    balloon: Option<Balloon>,
     /// Where the vCPUs wait for each other.
     filled: Barrier,
     done: Barrier,
@@ -103,6 +110,13 @@ fn prepare(start_info: u64) -> Result<Shared, Reported> {
         give_up!("neither kvmclock, CPUID nor the APIC timer tells the TSC's frequency")
     })?;
 
+    let balloon = match params.hints {
+        Hints::Off => None,
+        Hints::On => {
+            let balloon = Balloon::start(tsc);
+            Some(balloon.map_err(|why| give_up!("the virtio balloon that hints need: {why}"))?)
+        }
+    };
     let ram = paging::map(&boot.ram);
     let vcpus = smp::start(params.vcpus as usize, tsc, run) as u64;
     if vcpus < params.vcpus {
@@ -121,11 +135,12 @@ fn prepare(start_info: u64) -> Result<Shared, Reported> {
         cold_fill,
         seed,
         idle,
+        hints,
         ..
     } = &params;
     say!(
         "start vcpus={vcpus} ws={} cold={} rate={rate} pattern={pattern} fill={fill} seed={seed} \
-         tsc_khz={} cold_fill={cold_fill} sleep={idle}",
+         tsc_khz={} cold_fill={cold_fill} sleep={idle} hints={hints}",
         ws * page::BYTES as u64,
         cold * page::BYTES as u64,
         tsc.khz
@@ -136,6 +151,7 @@ fn prepare(start_info: u64) -> Result<Shared, Reported> {
         vcpus,
         tsc,
         kvmclock,
+        balloon,
         filled: Barrier::default(),
         done: Barrier::default(),
         totals: Totals::default(),

@@ -26,6 +26,15 @@ pub enum Idle {
     Spin,
 }
 
+/// Whether pages of the working set are freed and allocated, and the balloon told which are free.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hints {
+    /// All pages are always in use.
+    Off,
+    /// The machine needs a balloon that takes free-page hints.
+    On,
+}
+
 /// All parameters; see the table in the crate's README.
 #[derive(PartialEq, Eq, Debug)]
 pub struct Params {
@@ -51,6 +60,8 @@ pub struct Params {
     pub seconds: Option<u64>,
     /// What to do when nothing is due.
     pub idle: Idle,
+    /// Whether pages are freed.
+    pub hints: Hints,
 }
 
 /// A parameter that cannot be used.
@@ -75,7 +86,7 @@ impl fmt::Display for Error<'_> {
             Self::Unknown(key) => write!(
                 f,
                 "unknown parameter {key:?}; there are: ws rate pattern fill cold cold_fill seed vcpus \
-                 sweep seconds sleep"
+                 sweep seconds sleep hints"
             ),
             Self::Value { key, value, must } => write!(f, "{key}={value:?}: must be {must}"),
         }
@@ -100,6 +111,7 @@ impl Params {
         sweep: None,
         seconds: None,
         idle: Idle::Halt,
+        hints: Hints::Off,
     };
 
     /// Reads a command line. A parameter given twice counts as given last.
@@ -143,6 +155,13 @@ impl Params {
                         "hlt" => Idle::Halt,
                         "spin" => Idle::Spin,
                         _ => return Err(bad("hlt or spin")),
+                    }
+                }
+                "hints" => {
+                    params.hints = match value {
+                        "off" => Hints::Off,
+                        "on" => Hints::On,
+                        _ => return Err(bad("off or on")),
                     }
                 }
                 _ => return Err(Error::Unknown(key)),
@@ -190,6 +209,15 @@ impl fmt::Display for Idle {
     }
 }
 
+impl fmt::Display for Hints {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Off => "off",
+            Self::On => "on",
+        })
+    }
+}
+
 impl fmt::Display for Rate {
     /// As on the command line: 0 is unlimited.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -212,7 +240,7 @@ mod tests {
     #[test]
     fn everything() {
         let line = "ws=1G rate=50000 pattern=hot fill=zero cold=10K cold_fill=text seed=9 vcpus=4 \
-                    sweep=0 seconds=30 sleep=spin";
+                    sweep=0 seconds=30 sleep=spin hints=on";
         let all = Params {
             ws: 262_144,
             cold: 3,
@@ -225,6 +253,7 @@ mod tests {
             sweep: Some(0),
             seconds: Some(30),
             idle: Idle::Spin,
+            hints: Hints::On,
         };
         assert_eq!(Params::parse(line), Ok(all));
     }
@@ -246,6 +275,7 @@ mod tests {
             "fill=",
             "vcpus=0",
             "sleep=1",
+            "hints=yes",
         ] {
             let (key, value) = bad.split_once('=').unwrap();
             let error = Params::parse(bad).unwrap_err().to_string();

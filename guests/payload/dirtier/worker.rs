@@ -7,12 +7,15 @@ use core::fmt::Display;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::Shared;
-use super::heartbeat::Heartbeat;
+use super::balloon::Balloon;
+use super::churn::Churn;
+use super::heartbeat::{Heartbeat, Hints};
 use super::ledger::{BLOCK, Ledger, Mismatch};
 use super::memory::{self, Pages};
+use super::order::Order;
 use super::pacer::{Pacer, Rate};
 use super::page::{Fill, Identity};
-use super::params::{Idle, Pattern};
+use super::params::Idle;
 use super::plan::part;
 use super::random::Random;
 use super::rt::serial::{LineQueue, say};
@@ -42,6 +45,8 @@ pub struct Counts {
     pub corrupt: u64,
     /// Complete sweeps.
     pub sweeps: u64,
+    /// Pages that the balloon was told are free.
+    pub hinted: u64,
 }
 
 /// See the module's documentation.
@@ -52,13 +57,21 @@ pub struct Worker<'a> {
     ledger: Ledger<'a>,
     /// Pages of the working set: the first ones.
     ws: usize,
-    random: Random,
-    /// Next page to write, in the sequential pattern.
-    cursor: usize,
+    work: Work<'a>,
     /// Next page to sweep.
     swept: usize,
     counts: Counts,
     queue: LineQueue,
+}
+
+/// What becomes of the working set.
+enum Work<'a> {
+    /// Its pages are rewritten, in this order.
+    Rewrite(Order),
+    /// Its pages are freed and allocated, and the balloon is told which are free.
+    ///
+    /// A page that has changed an odd number of times is in use: freeing it counts as a change, too.
+    Churn(Churn, &'a Balloon),
 }
 
 /// Times, in ticks of the time-stamp counter.
@@ -88,14 +101,21 @@ impl<'a> Worker<'a> {
         // SAFETY: the plan was made from what `paging::map` mapped and returned as unused, and each
         // vCPU has a number of its own and comes here once.
         let (pages, ledger) = unsafe { memory::take(&shared.plan, &share) };
+        let params = &shared.params;
+        let ws = share.ws as usize;
+        let random = |stream: u64| Random::new(params.seed ^ ((vcpu + 1) << 32) ^ (stream << 16));
+        let order = Order::new(params.pattern, ws, random(0));
+        let work = match &shared.balloon {
+            None => Work::Rewrite(order),
+            Some(balloon) => Work::Churn(Churn::new(order, random(1)), balloon),
+        };
         let mut worker = Self {
             shared,
             vcpu,
             pages,
             ledger,
-            ws: share.ws as usize,
-            random: Random::new(shared.params.seed ^ ((vcpu + 1) << 32)),
-            cursor: 0,
+            ws,
+            work,
             swept: 0,
             counts: Counts::default(),
             queue: LineQueue::new(),
@@ -105,10 +125,7 @@ impl<'a> Worker<'a> {
         }
         shared.filled.wait(shared.vcpus);
         if vcpu == 0 {
-            say!(
-                "ready filled_pages={}",
-                shared.params.ws + shared.params.cold
-            );
+            say!("ready filled_pages={}", params.ws + params.cold);
         }
         worker
     }
@@ -149,9 +166,12 @@ impl<'a> Worker<'a> {
         loop {
             let now = self.turn(&mut times);
             let mut busy = false;
+            if let Work::Churn(_, balloon) = self.work {
+                balloon.listen(now);
+            }
             for _ in 0..PAGES_A_TURN {
                 if writes.take(now) {
-                    self.rewrite_next();
+                    self.work_on_next();
                     busy = true;
                 }
                 if sweeps.take(now) {
@@ -216,6 +236,13 @@ impl<'a> Worker<'a> {
             maxgap_us: tsc.us(times.max_gap),
             sweeps: self.counts.sweeps,
             rate: self.counts.written - times.written,
+            hints: match self.work {
+                Work::Rewrite(_) => None,
+                Work::Churn(_, balloon) => Some(Hints {
+                    hinted: self.counts.hinted,
+                    rounds: balloon.rounds(),
+                }),
+            },
         };
         self.queue.push(format_args!("{heartbeat}"));
         times.gap = 0;
@@ -234,38 +261,55 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Verifies and rewrites the page whose turn it is in the working set.
-    fn rewrite_next(&mut self) {
-        let ws = self.ws as u64;
-        let index = match self.shared.params.pattern {
-            Pattern::Sequential => {
-                let index = self.cursor;
-                self.cursor = (index + 1) % self.ws;
+    /// Rewrites, frees or allocates the page whose turn it is in the working set. What is in use is verified before.
+    fn work_on_next(&mut self) {
+        let index = match &mut self.work {
+            Work::Rewrite(order) => {
+                let index = order.next();
+                self.verify(index);
                 index
             }
-            Pattern::Random => self.random.below(ws) as usize,
-            Pattern::Hot => {
-                let limit = if self.random.below(10) == 0 {
-                    ws
-                } else {
-                    ws.div_ceil(10)
-                };
-                self.random.below(limit) as usize
+            Work::Churn(churn, balloon) => {
+                let (index, wanted) = (churn.next(), churn.wants_it_again());
+                let balloon = *balloon;
+                if !self.is_free(index) {
+                    self.free(index, balloon);
+                    if !wanted {
+                        return;
+                    }
+                }
+                index
             }
         };
-        self.verify(index);
         self.write(index);
         self.counts.written += 1;
     }
 
-    /// Verifies the next page of the sweep, and with the first page of each block the ledger's block.
+    fn is_free(&self, index: usize) -> bool {
+        matches!(self.work, Work::Churn(..))
+            && index < self.ws
+            && self.ledger.generation(index).is_multiple_of(2)
+    }
+
+    /// Verifies a page, frees it, and tells the balloon.
+    fn free(&mut self, index: usize, balloon: &Balloon) {
+        self.verify(index);
+        self.ledger.advance(index);
+        // SAFETY: a free page is not looked at until it is written to as a whole.
+        if unsafe { balloon.hint(self.pages.address(index)) } {
+            self.counts.hinted += 1;
+        }
+    }
+
+    /// Verifies the next page of the sweep, if it is in use, and with the first page of each block the ledger's block.
     fn sweep_next(&mut self) {
         let index = self.swept;
         if index.is_multiple_of(BLOCK) {
             self.verify_block(index / BLOCK);
         }
-        if !self.verify(index) {
-            // Written anew, so that one damage is counted once.
+        if !self.is_free(index) && !self.verify(index) {
+            // Written anew, so that one damage is counted once. With two changes it stays in use.
+            self.ledger.advance(index);
             self.write(index);
         }
         self.swept = index + 1;

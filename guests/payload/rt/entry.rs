@@ -2,6 +2,7 @@
 
 use core::arch::global_asm;
 
+use super::virtio::registers;
 use super::{lapic, serial, smp, traps};
 
 /// The most processors the guest can run on.
@@ -20,6 +21,7 @@ global_asm!(
     RING0_STACK = const RING0_STACK,
     TSS = const TSS,
     LAPIC = const lapic::BASE,
+    DEVICES = const registers::MAPPED,
     cpu_main = sym cpu_main,
     exception_main = sym traps::exception_main,
     options(att_syntax)

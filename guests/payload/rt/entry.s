@@ -191,7 +191,7 @@ start_info:
 processors:
     .long 0
 
-# Page tables: the first GiB and the local APIC, in 2 MiB pages. They are data, so that no ring-0
+# Page tables: the first GiB, the virtio-mmio slots and the local APIC, in 2 MiB pages. They are data, so that no ring-0
 # instruction is spent on them; ring 3 maps the rest of the RAM.
     .balign 4096
 boot_pml4:
@@ -209,8 +209,10 @@ boot_pd0:
     .endr
 .globl boot_pd3
 boot_pd3:
-    .fill 503, 8, 0
-    .quad {LAPIC} + 0xff            # and not cached
+    .fill 501, 8, 0
+    .quad {DEVICES} + 0xff          # and not cached
+    .quad 0
+    .quad {LAPIC} + 0xff
     .fill 8, 8, 0
 
 .section .bss.entry, "aw", @nobits

@@ -1,5 +1,5 @@
 //! What every payload guest needs: the way from the PVH entry to ring 3 on every processor, memory
-//! mapping, the serial line, clocks and the command line. The program itself provides
+//! mapping, the serial line, virtio, clocks and the command line. The program itself provides
 //! `crate::NAME`, the name it prints before each line, and `crate::main`.
 
 pub mod clock;
@@ -14,3 +14,5 @@ pub mod pvh;
 pub mod serial;
 pub mod smp;
 pub mod traps;
+pub mod try_lock;
+pub mod virtio;

@@ -64,7 +64,10 @@ impl Driver<'_> {
         loop {
             let before = tracker.set().dirty_pages();
             if let Some(questions) = &questions {
-                questions.ask(tracker);
+                let start = Instant::now();
+                questions.ask(tracker)?;
+                self.shared
+                    .update(|info| info.tracking.arming += start.elapsed());
             }
             self.pass(tracker, Pace::Limited)?;
             self.wait_until_received()?;

@@ -168,8 +168,8 @@ impl Spender {
         self.running.lock().unwrap()
     }
 
-    /// The guest's life until `over`: frees pages, tells of them when asked, and uses some of them again as soon as it
-    /// was heard. Some answers it gives too late.
+    /// The guest's life until `over`: frees pages, tells of them when asked, and uses some of them again, be it before it
+    /// was heard or just after. Some answers it gives too late.
     fn live(&self, mut random: Random, over: &AtomicBool) {
         let mut late = Vec::new();
         for value in 1.. {
@@ -195,9 +195,13 @@ impl Spender {
                     let mut pages = self.memory.pages.lock().unwrap();
                     range.indices().for_each(|page| pages[page] = Page::Free);
                     drop(pages);
+                    let again = |when| {
+                        let pages = range.indices().filter(move |page| page % 4 == when);
+                        pages.for_each(|page| self.memory.write(page, value));
+                    };
+                    again(0);
                     hints.free(BLOCK, range);
-                    let again = range.indices().filter(|page| page % 2 == 0);
-                    again.for_each(|page| self.memory.write(page, value));
+                    again(2);
                 }
                 None => {
                     for (hints, range) in late.drain(..) {

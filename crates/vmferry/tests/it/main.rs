@@ -16,6 +16,7 @@ mod disk_full;
 mod disk_handover;
 mod disks;
 mod events;
+mod hints;
 mod killed;
 mod misfit;
 mod monitor;

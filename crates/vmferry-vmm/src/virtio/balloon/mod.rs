@@ -177,7 +177,7 @@ impl Balloon {
         Ok(())
     }
 
-    /// Hears what the guest says about its free pages. It may use them again when the request is complete.
+    /// Hears what the guest says about its free pages. It may be using them again by now.
     fn hear(&self, memory: &GuestMemory, chain: &Chain) {
         let mut id = [0; 4];
         if chain.readable.read(memory, 0, &mut id) == id.len() {
