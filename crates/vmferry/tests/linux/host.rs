@@ -8,7 +8,7 @@ use vmferry_rig::{Debian, RigError, default_cache};
 
 use crate::common::lab::Lab;
 use crate::common::say;
-use crate::{balloon, linux};
+use crate::{balloon, disk, linux};
 
 /// Names the guest's kernel in the rig.
 pub const KERNEL: &str = "VMFERRY_TEST_KERNEL";
@@ -16,6 +16,8 @@ pub const KERNEL: &str = "VMFERRY_TEST_KERNEL";
 pub const INITRD: &str = "VMFERRY_TEST_INITRD";
 /// Names that of a guest with a balloon.
 pub const BALLOON_INITRD: &str = "VMFERRY_TEST_BALLOON_INITRD";
+/// Names that of a guest with a disk.
+pub const DISK_INITRD: &str = "VMFERRY_TEST_DISK_INITRD";
 
 /// What a Linux guest boots from.
 pub struct Images {
@@ -23,6 +25,8 @@ pub struct Images {
     pub initrd: PathBuf,
     /// The initial RAM disk of a guest with a balloon.
     pub balloon: PathBuf,
+    /// That of a guest with a disk.
+    pub disk: PathBuf,
 }
 
 /// A place for a test with a Linux guest. None, loudly, where it cannot run.
@@ -45,12 +49,13 @@ pub fn lab(test: &str) -> Option<(Lab, Images)> {
 }
 
 fn images(lab: &Lab) -> Result<Images, RigError> {
-    let names = [KERNEL, INITRD, BALLOON_INITRD];
-    if let [Some(kernel), Some(initrd), Some(balloon)] = names.map(env::var_os) {
+    let names = [KERNEL, INITRD, BALLOON_INITRD, DISK_INITRD];
+    if let [Some(kernel), Some(initrd), Some(balloon), Some(disk)] = names.map(env::var_os) {
         return Ok(Images {
             kernel: kernel.into(),
             initrd: initrd.into(),
             balloon: balloon.into(),
+            disk: disk.into(),
         });
     }
     let debian = Debian::get(&default_cache())?;
@@ -58,5 +63,6 @@ fn images(lab: &Lab) -> Result<Images, RigError> {
         kernel: debian.kernel().to_owned(),
         initrd: linux::initrd(&debian, lab)?,
         balloon: balloon::initrd(&debian, lab)?,
+        disk: disk::initrd(&debian, lab)?,
     })
 }

@@ -9,6 +9,7 @@
 mod common;
 
 mod balloon;
+mod disk;
 mod host;
 mod linux;
 mod migration;
@@ -22,10 +23,10 @@ use vmferry_rig::{Debian, Rig, RigError, default_cache};
 use common::command::VMFERRY;
 use common::lab::Lab;
 use common::say;
-use host::{BALLOON_INITRD, INITRD, KERNEL};
+use host::{BALLOON_INITRD, DISK_INITRD, INITRD, KERNEL};
 
 /// Bounds everything in here, where a test that hangs would otherwise hang all.
-const TIMEOUT: Duration = Duration::from_secs(400);
+const TIMEOUT: Duration = Duration::from_secs(500);
 
 /// Runs all tests of this program in the rig, on a host where they cannot run natively.
 #[test]
@@ -50,6 +51,7 @@ fn run(lab: &Lab) -> Result<u8, RigError> {
     let debian = Debian::get(&default_cache())?;
     let initrd = linux::initrd(&debian, lab)?;
     let balloon = balloon::initrd(&debian, lab)?;
+    let disk = disk::initrd(&debian, lab)?;
     let this = std::env::current_exe().expect("Linux tells");
     let this = this.to_str().expect("its path is UTF-8");
     let mut rig = Rig::new([this, "--test-threads=1"]);
@@ -58,9 +60,11 @@ fn run(lab: &Lab) -> Result<u8, RigError> {
         .with(debian.kernel())
         .with(&initrd)
         .with(&balloon)
+        .with(&disk)
         .env(KERNEL, &debian.kernel().display().to_string())
         .env(INITRD, &initrd.display().to_string())
         .env(BALLOON_INITRD, &balloon.display().to_string())
+        .env(DISK_INITRD, &disk.display().to_string())
         .timeout(TIMEOUT);
     Ok(rig.run(&debian, io::stderr(), io::stderr())?.status)
 }
