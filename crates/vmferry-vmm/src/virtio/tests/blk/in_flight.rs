@@ -202,10 +202,10 @@ fn a_driver_that_offers_too_many_waits() {
         let expected = MOST.min(round * SIZE);
         assert_eq!(bench.slot.in_flight(), usize::from(expected));
     }
-    thread::scope(|scope| {
-        scope.spawn(|| pipe.write_all(&vec![5; usize::from(rounds * SIZE) * 512]));
-        bench.serve_all(0);
-    });
+    let content = vec![5; usize::from(rounds * SIZE) * 512];
+    let writer = thread::spawn(move || pipe.write_all(&content));
+    bench.serve_all(0);
+    writer.join().unwrap().unwrap();
     assert_eq!(bench.used(0).0, rounds * SIZE);
     assert_eq!(bench.status(), RUNNING);
 }
@@ -227,12 +227,14 @@ fn the_end_of_a_device_waits_for_the_host() {
     ];
     for (name, end) in ends {
         let ram = ram();
-        let Some((bench, mut pipe)) = slow(&ram) else {
+        let Some((bench, pipe)) = slow(&ram) else {
             return;
         };
         begin_read(&bench);
         written(&ram);
         thread::scope(|scope| {
+            // Closed here in any case: it ends what is in flight.
+            let mut pipe = pipe;
             let ending = scope.spawn(|| end(&bench));
             thread::sleep(Duration::from_millis(50));
             assert!(!ending.is_finished(), "{name}");
@@ -245,20 +247,32 @@ fn the_end_of_a_device_waits_for_the_host() {
     }
 }
 
+fn ask(bench: &Bench, wanted: Wanted) {
+    bench.gate.set(wanted);
+    signal(bench.slot.bell());
+}
+
+/// Ends the device's thread, however its test ends.
+struct Ending<'a>(&'a Bench);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        ask(self.0, Wanted::Quit);
+    }
+}
+
 #[test]
 fn a_device_comes_to_the_gate_with_nothing_in_flight() {
     let ram = ram();
-    let Some((bench, mut pipe)) = slow(&ram) else {
+    let Some((bench, pipe)) = slow(&ram) else {
         return;
     };
     let soon = || Instant::now() + Duration::from_millis(100);
     let patiently = || Instant::now() + Duration::from_secs(20);
-    let ask = |wanted| {
-        bench.gate.set(wanted);
-        signal(bench.slot.bell());
-    };
+    let ask = |wanted| ask(&bench, wanted);
     begin_read(&bench);
     thread::scope(|scope| {
+        let (mut pipe, _end) = (pipe, Ending(&bench));
         scope.spawn(|| threads::run(&bench.slot, &bench.gate));
         ask(Wanted::Hold);
         assert!(!bench.gate.held_by(soon()));
@@ -280,6 +294,5 @@ fn a_device_comes_to_the_gate_with_nothing_in_flight() {
         bench.slot.kick_all();
         thread::sleep(Duration::from_millis(50));
         assert_eq!(bench.slot.in_flight(), 0);
-        ask(Wanted::Quit);
     });
 }
