@@ -63,9 +63,13 @@ fn status_of(bench: &Bench, number: u16) -> u8 {
 
 /// A started device whose reads wait for what is written into a pipe; none if that needs an engine that is not here.
 fn slow(ram: &GuestRam) -> Option<(Bench, PipeWriter)> {
+    slow_with(ram, SECTORS, Caching::Cached)
+}
+
+fn slow_with(ram: &GuestRam, sectors: u64, caching: Caching) -> Option<(Bench, PipeWriter)> {
     has_ring().then(|| {
         let (reader, writer) = pipe().unwrap();
-        let disk = Disk::of_pipe(OwnedFd::from(reader).into(), SECTORS);
+        let disk = Disk::of_pipe(OwnedFd::from(reader).into(), sectors, caching);
         let bench = bench(ram, disk, DiskIo::IoUring);
         bench.start(FLUSH, 1);
         (bench, writer)
@@ -208,6 +212,37 @@ fn a_driver_that_offers_too_many_waits() {
     writer.join().unwrap().unwrap();
     assert_eq!(bench.used(0).0, rounds * SIZE);
     assert_eq!(bench.status(), RUNNING);
+}
+
+/// Requests whose memory does not suit direct I/O take memory of the host.
+#[test]
+fn a_driver_that_wants_much_memory_waits() {
+    const LEN: u32 = 4 << 20;
+    const MOST: usize = (64 << 20) / LEN as usize;
+    let ram = ram();
+    let sectors = u64::from(LEN) / 512;
+    let Some((bench, pipe)) = slow_with(&ram, sectors, Caching::Direct) else {
+        return;
+    };
+    let offer = |number| {
+        prepare(&bench, number, blk::VIRTIO_BLK_T_IN, 0, LEN);
+        // All into one buffer, which is not aligned.
+        let table = BUFFERS + u64::from(number) * AREA + AREA_TABLE;
+        let data = Descriptor::new(0x80_0001, LEN, NEXT | WRITE, 2);
+        bench
+            .memory
+            .write_obj(data, GuestAddress(table + 16))
+            .unwrap();
+        bench.publish(0, number);
+    };
+    for _ in 0..2 {
+        (0..SIZE).for_each(offer);
+        bench.serve(0);
+        assert_eq!(bench.slot.in_flight(), MOST);
+    }
+    drop(pipe);
+    bench.serve_all(0);
+    assert_eq!((bench.used(0).0, bench.status()), (2 * SIZE, RUNNING));
 }
 
 /// However a device comes to its end, the host is done with guest memory before it.
