@@ -90,13 +90,13 @@ impl Disk {
 
     /// A disk whose reads wait until there is something at the other end of a pipe.
     #[cfg(test)]
-    pub fn of_pipe(pipe: File, sectors: u64) -> Self {
+    pub fn of_pipe(pipe: File, sectors: u64, caching: Caching) -> Self {
         Disk {
             id: "pipe".into(),
             path: "pipe".into(),
             file: pipe,
             access: Access::ReadWrite,
-            caching: Caching::Cached,
+            caching,
             sectors,
             block_size: SECTOR,
             locked: AtomicBool::new(false),

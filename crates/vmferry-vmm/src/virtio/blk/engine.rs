@@ -41,6 +41,14 @@ pub(super) struct Done {
 }
 
 impl Job {
+    /// Bytes of host memory that it takes.
+    pub fn bounced(&self) -> u64 {
+        match &self.work {
+            Work::Transfer(transfer) => transfer.bounced(),
+            Work::Flush => 0,
+        }
+    }
+
     /// Hears the kernel's answer to the last step. Goes on with the next one, or ends.
     pub fn hear(&mut self, answer: io::Result<usize>) -> ControlFlow<io::Result<()>> {
         match &mut self.work {

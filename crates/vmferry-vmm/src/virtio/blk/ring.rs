@@ -14,6 +14,9 @@ use super::engine::{DiskIo, Done, Engine, Job, Work, write_flags};
 use super::transfer::Direction;
 use crate::virtio::signal;
 
+/// Bytes of bounce buffers with which no further job begins: a hostile driver may want one for each.
+const MOST_BOUNCED: u64 = 64 << 20;
+
 /// An io_uring and the jobs that the kernel has.
 ///
 /// # Invariant
@@ -28,6 +31,8 @@ pub(super) struct Ring {
     disk: Arc<Disk>,
     jobs: Slab<Job>,
     most: usize,
+    /// Bytes of the jobs' bounce buffers.
+    bounced: u64,
     kick: Arc<EventFd>,
 }
 
@@ -52,6 +57,7 @@ impl Ring {
             disk,
             jobs: Slab::with_capacity(most.into()),
             most: most.into(),
+            bounced: 0,
             kick: kick.clone(),
         })
     }
@@ -90,13 +96,14 @@ impl Engine for Ring {
     }
 
     fn begin(&mut self, job: Job) -> Option<Done> {
+        self.bounced += job.bounced();
         let key = self.jobs.insert(job);
         self.push(key);
         None
     }
 
     fn has_room(&self) -> bool {
-        self.jobs.len() < self.most
+        self.jobs.len() < self.most && self.bounced < MOST_BOUNCED
     }
 
     fn submit(&mut self) {
@@ -127,6 +134,7 @@ impl Engine for Ring {
                 ControlFlow::Continue(()) => self.push(key),
                 ControlFlow::Break(outcome) => {
                     let job = self.jobs.remove(key);
+                    self.bounced -= job.bounced();
                     return Some(Done { job, outcome });
                 }
             }

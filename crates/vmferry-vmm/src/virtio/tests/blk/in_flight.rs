@@ -63,9 +63,13 @@ fn status_of(bench: &Bench, number: u16) -> u8 {
 
 /// A started device whose reads wait for what is written into a pipe; none if that needs an engine that is not here.
 fn slow(ram: &GuestRam) -> Option<(Bench, PipeWriter)> {
+    slow_with(ram, SECTORS, Caching::Cached)
+}
+
+fn slow_with(ram: &GuestRam, sectors: u64, caching: Caching) -> Option<(Bench, PipeWriter)> {
     has_ring().then(|| {
         let (reader, writer) = pipe().unwrap();
-        let disk = Disk::of_pipe(OwnedFd::from(reader).into(), SECTORS);
+        let disk = Disk::of_pipe(OwnedFd::from(reader).into(), sectors, caching);
         let bench = bench(ram, disk, DiskIo::IoUring);
         bench.start(FLUSH, 1);
         (bench, writer)
@@ -202,12 +206,43 @@ fn a_driver_that_offers_too_many_waits() {
         let expected = MOST.min(round * SIZE);
         assert_eq!(bench.slot.in_flight(), usize::from(expected));
     }
-    thread::scope(|scope| {
-        scope.spawn(|| pipe.write_all(&vec![5; usize::from(rounds * SIZE) * 512]));
-        bench.serve_all(0);
-    });
+    let content = vec![5; usize::from(rounds * SIZE) * 512];
+    let writer = thread::spawn(move || pipe.write_all(&content));
+    bench.serve_all(0);
+    writer.join().unwrap().unwrap();
     assert_eq!(bench.used(0).0, rounds * SIZE);
     assert_eq!(bench.status(), RUNNING);
+}
+
+/// Requests whose memory does not suit direct I/O take memory of the host.
+#[test]
+fn a_driver_that_wants_much_memory_waits() {
+    const LEN: u32 = 4 << 20;
+    const MOST: usize = (64 << 20) / LEN as usize;
+    let ram = ram();
+    let sectors = u64::from(LEN) / 512;
+    let Some((bench, pipe)) = slow_with(&ram, sectors, Caching::Direct) else {
+        return;
+    };
+    let offer = |number| {
+        prepare(&bench, number, blk::VIRTIO_BLK_T_IN, 0, LEN);
+        // All into one buffer, which is not aligned.
+        let table = BUFFERS + u64::from(number) * AREA + AREA_TABLE;
+        let data = Descriptor::new(0x80_0001, LEN, NEXT | WRITE, 2);
+        bench
+            .memory
+            .write_obj(data, GuestAddress(table + 16))
+            .unwrap();
+        bench.publish(0, number);
+    };
+    for _ in 0..2 {
+        (0..SIZE).for_each(offer);
+        bench.serve(0);
+        assert_eq!(bench.slot.in_flight(), MOST);
+    }
+    drop(pipe);
+    bench.serve_all(0);
+    assert_eq!((bench.used(0).0, bench.status()), (2 * SIZE, RUNNING));
 }
 
 /// However a device comes to its end, the host is done with guest memory before it.
@@ -227,12 +262,14 @@ fn the_end_of_a_device_waits_for_the_host() {
     ];
     for (name, end) in ends {
         let ram = ram();
-        let Some((bench, mut pipe)) = slow(&ram) else {
+        let Some((bench, pipe)) = slow(&ram) else {
             return;
         };
         begin_read(&bench);
         written(&ram);
         thread::scope(|scope| {
+            // Closed here in any case: it ends what is in flight.
+            let mut pipe = pipe;
             let ending = scope.spawn(|| end(&bench));
             thread::sleep(Duration::from_millis(50));
             assert!(!ending.is_finished(), "{name}");
@@ -245,20 +282,32 @@ fn the_end_of_a_device_waits_for_the_host() {
     }
 }
 
+fn ask(bench: &Bench, wanted: Wanted) {
+    bench.gate.set(wanted);
+    signal(bench.slot.bell());
+}
+
+/// Ends the device's thread, however its test ends.
+struct Ending<'a>(&'a Bench);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        ask(self.0, Wanted::Quit);
+    }
+}
+
 #[test]
 fn a_device_comes_to_the_gate_with_nothing_in_flight() {
     let ram = ram();
-    let Some((bench, mut pipe)) = slow(&ram) else {
+    let Some((bench, pipe)) = slow(&ram) else {
         return;
     };
     let soon = || Instant::now() + Duration::from_millis(100);
     let patiently = || Instant::now() + Duration::from_secs(20);
-    let ask = |wanted| {
-        bench.gate.set(wanted);
-        signal(bench.slot.bell());
-    };
+    let ask = |wanted| ask(&bench, wanted);
     begin_read(&bench);
     thread::scope(|scope| {
+        let (mut pipe, _end) = (pipe, Ending(&bench));
         scope.spawn(|| threads::run(&bench.slot, &bench.gate));
         ask(Wanted::Hold);
         assert!(!bench.gate.held_by(soon()));
@@ -280,6 +329,5 @@ fn a_device_comes_to_the_gate_with_nothing_in_flight() {
         bench.slot.kick_all();
         thread::sleep(Duration::from_millis(50));
         assert_eq!(bench.slot.in_flight(), 0);
-        ask(Wanted::Quit);
     });
 }
