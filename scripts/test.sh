@@ -33,6 +33,16 @@ install_qemu() {
         "${release[@]}" qemu-system-x86 >/dev/null || skip "installing QEMU failed"
 }
 
+install_tools() {
+    command -v mke2fs >/dev/null && command -v debugfs >/dev/null && command -v ip >/dev/null && return
+    command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] || {
+        skip "no e2fsprogs or no iproute2, and no apt-get as root to install them"
+        return
+    }
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends e2fsprogs iproute2 >/dev/null \
+        || skip "installing e2fsprogs and iproute2 failed"
+}
+
 get_linux() {
     local rig=(cargo run --quiet --release -p vmferry-rig -- image)
     "${rig[@]}" >/dev/null && return
@@ -46,6 +56,7 @@ get_linux() {
 if [ "${1:-}" != --no-setup ]; then
     step "Set-up"
     install_qemu
+    install_tools
     get_linux
     crates/vmferry-control/tests/setup-qemu-qmp.sh || skip "no Python environment with qemu.qmp"
 fi

@@ -19,8 +19,9 @@ use crate::qemu::{Computer, Qemu};
 
 const INIT: &str = include_str!("init.sh");
 
-/// For the rig itself (virtio_pci, virtio_console), and for what runs in it: KVM, and network interfaces for guests.
-const MODULES: [&str; 4] = ["virtio_pci", "virtio_console", "kvm_amd", "tun"];
+/// For the rig itself (virtio_pci, virtio_console), and for what runs in it: KVM, and network interfaces for guests
+/// with a bridge between them.
+const MODULES: [&str; 5] = ["virtio_pci", "virtio_console", "kvm_amd", "tun", "bridge"];
 
 /// How many bytes of the console are shown when something goes wrong.
 const CONSOLE_SHOWN: usize = 2000;

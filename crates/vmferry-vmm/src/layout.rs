@@ -7,7 +7,7 @@
 //! | 0x6000 | PVH start info, module list and memory map |
 //! | 0x8000 | Linux boot parameters |
 //! | 0x20000 | kernel command line |
-//! | 0x9fc00 - 1 MiB | RAM that the memory map keeps for firmware tables: ACPI's begin at 0xe0000 |
+//! | 0x9fc00 - 1 MiB | RAM that the memory map keeps for firmware: ACPI's tables from 0xe0000, the reset vector 0xffff0 |
 //! | 1 MiB | usual load address of kernels; the initial RAM disk lies at the end of the low RAM |
 //! | 0xfea00000 | generic event device: power button, power-off, reset |
 //! | 0xfeb00000 | virtio-mmio slots, 512 bytes each |
@@ -41,6 +41,9 @@ pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
 
 /// Where the ACPI tables begin, with the root pointer. Kernels without a pointer to it search from here on.
 pub(crate) const ACPI_TABLES: u64 = 0xe_0000;
+
+/// Where a PC's firmware begins after a reset, for code in real mode. Kernels jump there to reset the machine.
+pub(crate) const RESET_VECTOR: u64 = 0xf_fff0;
 
 /// Registers of the generic event device; QEMU's microvm has them here too.
 pub(crate) const EVENT_DEVICE: u64 = 0xfea0_0000;

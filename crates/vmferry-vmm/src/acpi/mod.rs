@@ -153,7 +153,7 @@ mod tests {
     use std::process::Command;
 
     use super::*;
-    use crate::layout::HIGH_MEMORY;
+    use crate::layout::RESET_VECTOR;
 
     fn all() -> Platform {
         Platform {
@@ -226,7 +226,7 @@ mod tests {
             ..all()
         });
         found(&area);
-        assert!(ACPI_TABLES + (area.len() as u64) < HIGH_MEMORY);
+        assert!(ACPI_TABLES + (area.len() as u64) < RESET_VECTOR);
         assert_eq!(local_x2apic(300)[..8], [9, 16, 0, 0, 44, 1, 0, 0]);
     }
 

@@ -15,7 +15,7 @@ use crate::config::{KernelSource, MachineConfig};
 use crate::error::{Attempt, MachineError};
 use crate::layout::{
     ACPI_TABLES, BOOT_GDT, CMDLINE, CMDLINE_ROOM, HIGH_MEMORY, HIGH_RAM_START, LOW_AREA_END,
-    LOW_RAM_END,
+    LOW_RAM_END, RESET_VECTOR,
 };
 use crate::memory::GuestMemory;
 
@@ -71,6 +71,17 @@ pub enum BootError {
         max: usize,
     },
 }
+
+/// What a guest finds at [`RESET_VECTOR`]: code that resets the machine.
+///
+/// Linux comes here. Where ACPI is hardware-reduced it leaves the reset to EFI, whatever the FADT offers, and where
+/// there is no EFI either it jumps to the firmware.
+const RESET_CODE: [u8; 7] = [
+    0xb0, 0xfe, // mov al, 0xfe
+    0xe6, 0x64, // out 0x64, al: the keyboard controller pulls the reset line
+    0xf4, // hlt
+    0xeb, 0xfd, // jmp back to the hlt
+];
 
 /// When an image is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,6 +172,7 @@ impl Images {
             &[0],
         )?;
         write(memory, "the ACPI tables", ACPI_TABLES, &self.acpi)?;
+        write(memory, "the reset vector", RESET_VECTOR, &RESET_CODE)?;
         match &self.kernel {
             Kernel::Pvh(image) => pvh::load(self, image, memory, ram, occasion),
             Kernel::BzImage(image) => bzimage::load(self, image, memory, ram),

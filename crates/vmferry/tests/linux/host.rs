@@ -1,28 +1,100 @@
 //! Where a test with a Linux guest can run, and what it boots there.
 
 use std::env;
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 
 use vmferry_rig::kvm::{HostKvm, probe};
-use vmferry_rig::{Debian, RigError, default_cache};
+use vmferry_rig::{Debian, Initramfs, RigError, default_cache};
 
 use crate::common::lab::Lab;
 use crate::common::say;
-use crate::{balloon, linux};
 
-/// Names the guest's kernel in the rig.
-pub const KERNEL: &str = "VMFERRY_TEST_KERNEL";
-/// Names its initial RAM disk in the rig.
-pub const INITRD: &str = "VMFERRY_TEST_INITRD";
-/// Names that of a guest with a balloon.
-pub const BALLOON_INITRD: &str = "VMFERRY_TEST_BALLOON_INITRD";
+/// Names the directory of the images in the rig.
+pub const IMAGES: &str = "VMFERRY_TEST_IMAGES";
 
-/// What a Linux guest boots from.
-pub struct Images {
-    pub kernel: PathBuf,
-    pub initrd: PathBuf,
-    /// The initial RAM disk of a guest with a balloon.
-    pub balloon: PathBuf,
+/// Whether the long version of the tests is wanted.
+pub const FULL: &str = "VMFERRY_FULL";
+
+/// How every guest begins.
+const START: &str = include_str!("start.sh");
+
+/// A kind of guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Guest {
+    name: &'static str,
+    /// What it does, for a shell.
+    script: &'static str,
+    modules: &'static [&'static str],
+}
+
+/// Works with memory, a disk and a network.
+pub const BUSY: Guest = Guest {
+    name: "busy",
+    script: include_str!("busy.sh"),
+    modules: &["virtio_mmio", "virtio_blk", "virtio_net", "button", "evdev"],
+};
+/// Has filled and freed its memory.
+pub const ROOMY: Guest = Guest {
+    name: "roomy",
+    script: include_str!("roomy.sh"),
+    modules: &["virtio_mmio", "virtio_balloon"],
+};
+/// Lives three times.
+pub const RISEN: Guest = Guest {
+    name: "risen",
+    script: include_str!("risen.sh"),
+    modules: &["virtio_mmio", "virtio_blk", "button", "evdev"],
+};
+
+/// A directory with what Linux guests boot from.
+pub struct Images(PathBuf);
+
+impl Images {
+    /// Makes the images of all guests in a directory of the test.
+    pub fn make(debian: &Debian, lab: &Lab) -> Result<Self, RigError> {
+        let dir = lab.path("images");
+        fs::create_dir(&dir).expect("the test's directory is writable");
+        let images = Images(dir);
+        symlink(debian.kernel(), images.kernel()).expect("the directory is writable");
+        for guest in [BUSY, ROOMY, RISEN] {
+            let script = [START, guest.script].concat();
+            let mut initramfs = Initramfs::new(debian, &script)?;
+            for module in guest.modules {
+                initramfs.module(module)?;
+            }
+            let file = File::create(images.initrd(guest)).expect("the directory is writable");
+            initramfs.write(BufWriter::new(file))?;
+        }
+        Ok(images)
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.0
+    }
+
+    fn kernel(&self) -> PathBuf {
+        self.0.join("kernel")
+    }
+
+    fn initrd(&self, guest: Guest) -> PathBuf {
+        self.0.join(guest.name)
+    }
+
+    /// The options that boot a guest. What `more` has for the kernel gets to the guest's script as variables.
+    pub fn options(&self, guest: Guest, more: &str) -> Vec<String> {
+        let kernel = self.kernel().display().to_string();
+        let initrd = self.initrd(guest).display().to_string();
+        let cmdline = format!("console=ttyS0 panic=-1 quiet {more}");
+        let options = ["--kernel", &kernel, "--initrd", &initrd];
+        [&options[..], &["--cmdline", cmdline.trim()]]
+            .concat()
+            .into_iter()
+            .map(str::to_owned)
+            .collect()
+    }
 }
 
 /// A place for a test with a Linux guest. None, loudly, where it cannot run.
@@ -34,7 +106,10 @@ pub fn lab(test: &str) -> Option<(Lab, Images)> {
         return None;
     }
     let lab = Lab::new()?;
-    match images(&lab) {
+    if let Some(dir) = env::var_os(IMAGES) {
+        return Some((lab, Images(dir.into())));
+    }
+    match Debian::get(&default_cache()).and_then(|debian| Images::make(&debian, &lab)) {
         Ok(images) => Some((lab, images)),
         Err(error) if error.is_missing_prerequisite() => {
             say(&format!("SKIPPED: {test}: {error}"));
@@ -44,19 +119,15 @@ pub fn lab(test: &str) -> Option<(Lab, Images)> {
     }
 }
 
-fn images(lab: &Lab) -> Result<Images, RigError> {
-    let names = [KERNEL, INITRD, BALLOON_INITRD];
-    if let [Some(kernel), Some(initrd), Some(balloon)] = names.map(env::var_os) {
-        return Ok(Images {
-            kernel: kernel.into(),
-            initrd: initrd.into(),
-            balloon: balloon.into(),
-        });
-    }
-    let debian = Debian::get(&default_cache())?;
-    Ok(Images {
-        kernel: debian.kernel().to_owned(),
-        initrd: linux::initrd(&debian, lab)?,
-        balloon: balloon::initrd(&debian, lab)?,
-    })
+pub fn full() -> bool {
+    env::var_os(FULL).is_some_and(|value| value == "1")
+}
+
+/// A program of the system's administrator, whose directory may not be on the path of others. Not the busybox of the
+/// rig, which has programs of the same names in /bin.
+pub fn tool(name: &str) -> Option<PathBuf> {
+    ["/usr/sbin", "/sbin", "/usr/bin"]
+        .into_iter()
+        .map(|dir| Path::new(dir).join(name))
+        .find(|path| path.is_file())
 }

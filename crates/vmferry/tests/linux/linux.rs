@@ -1,37 +1,32 @@
 //! A Linux guest that checks itself, wherever it is.
 
-use std::fs::File;
-use std::io::BufWriter;
 use std::path::PathBuf;
+use std::time::Duration;
 
+use serde_json::Value;
 use vmferry_control::schema::{MigrationInfo, RunState};
-use vmferry_rig::{Debian, Initramfs, RigError};
 
 use crate::common::eventually;
 use crate::common::lab::Lab;
 use crate::common::vm::Vm;
-use crate::host::Images;
+use crate::disk::Disk;
+use crate::host::{BUSY, Images};
+use crate::network::{GUEST, Network};
 
-const MEMORY: &str = "256M";
+const MEMORY: &str = "160M";
 
 /// How long nothing may come between two lines of the guest, in seconds, without the downtime of a migration. One
 /// takes a fraction of a second; a migration in the rig, on a host that is busy, makes it several.
 const SILENCE: f64 = 20.0;
+
+/// How long a complaint of the kernel may take to be printed.
+const REST: Duration = Duration::from_secs(5);
 
 /// What the kernel may say while it works: it notices that it stood still. That is no complaint.
 const NOTICES: [&str; 2] = [
     "clocksource: Long readout interval, skipping watchdog check",
     "hrtimer: interrupt took",
 ];
-
-/// The guest's initial RAM disk.
-pub fn initrd(debian: &Debian, lab: &Lab) -> Result<PathBuf, RigError> {
-    let path = lab.path("guest.cpio");
-    let mut initramfs = Initramfs::new(debian, include_str!("guest.sh"))?;
-    let file = File::create(&path).expect("the test's directory is writable");
-    initramfs.write(BufWriter::new(file))?;
-    Ok(path)
-}
 
 /// A sign of life.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -41,6 +36,8 @@ pub struct Beat {
     pub up: f64,
     /// How often it has verified all of its files.
     pub sweeps: u64,
+    /// How many files it has written to the disk.
+    pub disk: u64,
     pub corrupt: u64,
 }
 
@@ -49,14 +46,27 @@ impl Beat {
         let words = line.strip_prefix("linux: beat=")?;
         let (beat, words) = words.split_once(" up=")?;
         let (up, words) = words.split_once(" sweeps=")?;
-        let (sweeps, corrupt) = words.split_once(" corrupt=")?;
+        let (sweeps, words) = words.split_once(" disk=")?;
+        let (disk, corrupt) = words.split_once(" corrupt=")?;
         Some(Beat {
             beat: beat.parse().ok()?,
             up: up.parse().ok()?,
             sweeps: sweeps.parse().ok()?,
+            disk: disk.parse().ok()?,
             corrupt: corrupt.parse().ok()?,
         })
     }
+}
+
+/// Starts a machine for the guest: `what` to boot, or whom to wait for.
+fn start(lab: &Lab, cpus: &str, disk: &Disk<'_>, port: Option<String>, what: &[String]) -> Vm {
+    let disk = disk.option();
+    let mut options = vec!["--cpus", cpus, "--memory", MEMORY, "--disk", &disk];
+    if let Some(port) = &port {
+        options.extend(["--net", port]);
+    }
+    options.extend(what.iter().map(String::as_str));
+    Vm::start(lab, &options)
 }
 
 fn is_notice(line: &str) -> bool {
@@ -68,32 +78,30 @@ pub struct Linux<'a> {
     lab: &'a Lab,
     pub vm: Vm,
     cpus: String,
+    disk: &'a Disk<'a>,
+    network: Option<&'a Network>,
     /// Its output here and on all hosts before.
     parts: Vec<PathBuf>,
 }
 
 impl<'a> Linux<'a> {
     /// Boots a guest with so many vCPUs and waits until it is at work.
-    pub fn boot(lab: &'a Lab, images: &Images, cpus: &str) -> Self {
-        let machine = ["--cpus", cpus, "--memory", MEMORY];
-        let kernel = images.kernel.display().to_string();
-        let initrd = images.initrd.display().to_string();
-        let cmdline = "console=ttyS0 panic=-1 quiet";
-        let what = [
-            "--kernel",
-            &kernel,
-            "--initrd",
-            &initrd,
-            "--cmdline",
-            cmdline,
-            "--no-reboot",
-        ];
-        let vm = Vm::start(lab, &[&machine[..], &what].concat());
+    pub fn boot(
+        lab: &'a Lab,
+        images: &Images,
+        cpus: &str,
+        disk: &'a Disk<'a>,
+        network: Option<&'a Network>,
+    ) -> Self {
+        let what = images.options(BUSY, &format!("address={GUEST}"));
+        let vm = start(lab, cpus, disk, network.map(|n| n.option(0)), &what);
         let guest = Linux {
             lab,
             parts: vec![vm.serial.clone()],
             vm,
             cpus: cpus.to_owned(),
+            disk,
+            network,
         };
         let text = eventually("Linux to boot", || {
             let text = guest.text();
@@ -107,9 +115,9 @@ impl<'a> Linux<'a> {
     /// Moves the guest to a new process.
     #[track_caller]
     pub fn hop(&mut self) -> MigrationInfo {
-        let machine = ["--cpus", &self.cpus, "--memory", MEMORY];
-        let incoming = ["--incoming", "tcp:127.0.0.1:0"];
-        let mut destination = Vm::start(self.lab, &[&machine[..], &incoming].concat());
+        let incoming = ["--incoming", "tcp:127.0.0.1:0"].map(str::to_owned);
+        let port = self.network.map(|n| n.option(self.parts.len()));
+        let mut destination = start(self.lab, &self.cpus, self.disk, port, &incoming);
         let info = self.vm.migrate(&destination.uri());
         destination.wait_for_state(RunState::Running);
         let source = std::mem::replace(&mut self.vm, destination);
@@ -117,6 +125,14 @@ impl<'a> Linux<'a> {
         assert!(status.success(), "the source ends with {status}");
         self.parts.push(self.vm.serial.clone());
         info
+    }
+
+    /// Presses the power button, and waits until the guest has ended its work and its machine with it.
+    #[track_caller]
+    pub fn power_off(&mut self) {
+        self.vm.execute("system_powerdown", Value::Null);
+        let status = self.vm.ends();
+        assert!(status.success(), "the guest's last host ends with {status}");
     }
 
     /// All that it has said, on all hosts.
@@ -143,10 +159,15 @@ impl<'a> Linux<'a> {
         let mut beats = Vec::new();
         for line in complete.lines().skip(1) {
             let notice = || line.starts_with("linux: kernel=") && is_notice(line);
+            let end = || line.ends_with("reboot: Power down");
             match Beat::parse(line) {
                 Some(beat) => beats.push(beat),
-                None if notice() => {}
-                None => panic!("Linux says: {line}\n{work}"),
+                None if notice() || end() => {}
+                None => {
+                    // The rest of what it has to say.
+                    std::thread::sleep(REST);
+                    panic!("Linux says: {line}\n{}", self.text());
+                }
             }
         }
         beats
@@ -158,13 +179,14 @@ impl<'a> Linux<'a> {
         eventually("a sign of life", || self.beats().pop())
     }
 
-    /// Waits until the guest has said, where it is now, that it works.
+    /// Waits until the guest has said, where it is now, that it works and that its disk does.
     #[track_caller]
     pub fn works(&self) {
-        let before = self.last().beat;
+        let before = self.last();
         eventually("more signs of life", || {
+            let last = self.last();
             // The one after next has begun here.
-            (self.last().beat >= before + 2).then_some(())
+            (last.beat >= before.beat + 2 && last.disk >= before.disk + 2).then_some(())
         });
     }
 

@@ -9,9 +9,12 @@
 mod common;
 
 mod balloon;
+mod disk;
 mod host;
 mod linux;
 mod migration;
+mod network;
+mod power;
 
 use std::io;
 use std::time::Duration;
@@ -22,10 +25,15 @@ use vmferry_rig::{Debian, Rig, RigError, default_cache};
 use common::command::VMFERRY;
 use common::lab::Lab;
 use common::say;
-use host::{BALLOON_INITRD, INITRD, KERNEL};
+use host::{FULL, IMAGES, Images, tool};
 
 /// Bounds everything in here, where a test that hangs would otherwise hang all.
-const TIMEOUT: Duration = Duration::from_secs(400);
+const TIMEOUT: Duration = Duration::from_secs(540);
+/// The same for the long version.
+const FULL_TIMEOUT: Duration = Duration::from_secs(1200);
+
+/// Names the tests to run in the rig, by parts of their names. All, if there is none.
+const ONLY: &str = "VMFERRY_RIG_TESTS";
 
 /// Runs all tests of this program in the rig, on a host where they cannot run natively.
 #[test]
@@ -48,19 +56,26 @@ fn in_the_rig() {
 
 fn run(lab: &Lab) -> Result<u8, RigError> {
     let debian = Debian::get(&default_cache())?;
-    let initrd = linux::initrd(&debian, lab)?;
-    let balloon = balloon::initrd(&debian, lab)?;
+    let images = Images::make(&debian, lab)?;
     let this = std::env::current_exe().expect("Linux tells");
     let this = this.to_str().expect("its path is UTF-8");
-    let mut rig = Rig::new([this, "--test-threads=1"]);
+    let only = std::env::var(ONLY).unwrap_or_default();
+    let words = [this, "--test-threads=1"]
+        .into_iter()
+        .chain(only.split_whitespace());
+    let mut rig = Rig::new(words);
     rig.with(this)
         .with(VMFERRY)
-        .with(debian.kernel())
-        .with(&initrd)
-        .with(&balloon)
-        .env(KERNEL, &debian.kernel().display().to_string())
-        .env(INITRD, &initrd.display().to_string())
-        .env(BALLOON_INITRD, &balloon.display().to_string())
+        .with(images.dir())
+        .env(IMAGES, &images.dir().display().to_string())
         .timeout(TIMEOUT);
+    if host::full() {
+        rig.env(FULL, "1").timeout(FULL_TIMEOUT);
+    }
+    for name in disk::TOOLS.into_iter().chain([network::IP]) {
+        if let Some(path) = tool(name) {
+            rig.with(path);
+        }
+    }
     Ok(rig.run(&debian, io::stderr(), io::stderr())?.status)
 }

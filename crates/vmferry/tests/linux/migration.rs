@@ -1,36 +1,63 @@
 //! Linux is moved, and does not notice.
+//!
+//! With `VMFERRY_FULL=1` each guest goes there and back five times; without it, five times to a new host.
 
 use std::time::Instant;
 
 use crate::common::say;
+use crate::disk::Disk;
 use crate::host;
 use crate::linux::Linux;
+use crate::network::{Conversation, Network};
 
-const HOPS: usize = 5;
+fn hops() -> usize {
+    if host::full() { 10 } else { 5 }
+}
 
 fn there_and_back(test: &str, cpus: &str) {
     let Some((lab, images)) = host::lab(test) else {
         return;
     };
+    let Some(disk) = Disk::make(&lab, test) else {
+        return;
+    };
+    let network = Network::new(test);
     let start = Instant::now();
-    let mut guest = Linux::boot(&lab, &images, cpus);
+    let mut guest = Linux::boot(&lab, &images, cpus, &disk, network.as_ref());
+    let talk = network.as_ref().map(Network::talk);
     let booted = start.elapsed();
     guest.works();
     let mut downtimes = Vec::new();
-    for _ in 0..HOPS {
+    for _ in 0..hops() {
         let info = guest.hop();
         downtimes.push(info.x_vmferry_downtime_us.expect("it is known at the end"));
         guest.works();
+        if let Some(talk) = &talk {
+            talk.goes_on();
+        }
     }
     guest.verifies_all();
+    let talked = talk.map(Conversation::end);
+    guest.power_off();
     let longest = *downtimes.iter().max().expect("there were some") as f64 / 1e6;
     guest.check(longest);
+    let written = guest.last().disk;
+    let files = disk.check();
+    assert!(files > 0, "no file was written to the disk");
     say(&format!(
-        "{test}: booted in {:.1} s; {HOPS} migrations in {:.1} s; longest downtime {:.0} ms; corrupt 0",
+        "{test}: booted in {:.1} s; {} migrations in {:.1} s; longest downtime {:.0} ms; {written} writes to the disk, \
+         {files} files verified on it afterwards; corrupt 0",
         booted.as_secs_f64(),
+        downtimes.len(),
         (start.elapsed() - booted).as_secs_f64(),
         longest * 1e3,
     ));
+    if let Some((lines, longest)) = talked {
+        say(&format!(
+            "{test}: {lines} lines echoed over one TCP connection, the slowest in {:.0} ms",
+            longest.as_secs_f64() * 1e3
+        ));
+    }
 }
 
 #[test]
