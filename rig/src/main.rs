@@ -46,8 +46,8 @@ struct Run {
     /// MiB of memory of the first level
     #[arg(long, value_name = "MIB", default_value_t = 2048)]
     memory: u32,
-    /// CPUs of the first level
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    /// CPUs of the first level. With more than one, QEMU's emulation is not reliable
+    #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
     /// Show what the first level's kernel prints
     #[arg(long)]

@@ -67,14 +67,14 @@ enum Console {
 }
 
 impl Rig {
-    /// A first level for `command`, with 2 GiB of memory, two CPUs and ten minutes of time.
+    /// A first level for `command`, with 2 GiB of memory, one CPU and ten minutes of time.
     pub fn new<S: Into<String>>(command: impl IntoIterator<Item = S>) -> Self {
         Rig {
             command: command.into_iter().map(Into::into).collect(),
             environment: Vec::new(),
             with: Vec::new(),
             memory_mib: 2048,
-            cpus: 2,
+            cpus: 1,
             timeout: Duration::from_secs(600),
             console: Console::Kept,
         }
@@ -104,7 +104,7 @@ impl Rig {
         self
     }
 
-    /// The first level's CPUs.
+    /// The first level's CPUs. With more than one, QEMU's emulation is not reliable (see the README).
     pub fn cpus(&mut self, cpus: u32) -> &mut Self {
         self.cpus = cpus;
         self

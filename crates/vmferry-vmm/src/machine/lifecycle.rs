@@ -145,6 +145,11 @@ impl Machine {
     /// Lets the vCPUs run, if the machine has its disks to itself; else everything stays as it is.
     pub(crate) fn run(&self, lifecycle: &mut Lifecycle) -> Result<(), MachineError> {
         self.lock_disks()?;
+        for vcpu in &self.vcpus {
+            // Lets the guest's watchdogs know that time went by, here or on the host before. It fails if the guest has no
+            // kvmclock.
+            let _ = vcpu.lock().fd.kvmclock_ctrl();
+        }
         lifecycle.state = RunState::Running;
         lifecycle.handover = Handover::None;
         self.go();
@@ -179,10 +184,6 @@ impl Machine {
         state: RunState,
     ) -> Result<(), MachineError> {
         self.try_to_hold()?;
-        for vcpu in &self.vcpus {
-            // Lets the guest's watchdogs know that time went by. It fails if the guest has no kvmclock.
-            let _ = vcpu.lock().fd.kvmclock_ctrl();
-        }
         lifecycle.state = state;
         self.emit(MachineEvent::Stop);
         Ok(())
