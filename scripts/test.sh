@@ -4,9 +4,9 @@
 #   scripts/test.sh             everything
 #   scripts/test.sh --no-setup  without installing anything: tests whose peer is missing say so and are skipped
 #
-# The set-up installs QEMU from Debian's packages (bookworm: 10.x from backports) if it is missing, and makes a
-# Python environment for the qemu.qmp package below target/. It also gets Debian's kernel and busybox for tests with Linux
-# guests; they are unpacked below target/rig, not installed.
+# The set-up installs QEMU from Debian's packages (bookworm: 10.x from backports), e2fsprogs and iproute2 if they are
+# missing, and makes a Python environment for the qemu.qmp package below target/. It also gets Debian's kernel and
+# busybox for tests with Linux guests; they are unpacked below target/rig, not installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,6 +39,7 @@ install_tools() {
         skip "no e2fsprogs or no iproute2, and no apt-get as root to install them"
         return
     }
+    apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends e2fsprogs iproute2 >/dev/null \
         || skip "installing e2fsprogs and iproute2 failed"
 }
