@@ -59,9 +59,14 @@ impl Qemu {
         command
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-machine", "q35"])
-            // Every CPU in a thread of its own; "max" has AMD's virtualization with nested paging. What it has beyond that
-            // makes page walks longer.
-            .args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off,pku=off"])
+            // Every CPU in a thread of its own; "max" has AMD's virtualization with nested paging. What is switched
+            // off makes page walks longer, or serves a third level, and is the part of the emulation to trust least.
+            .args([
+                "-accel",
+                "tcg,thread=multi",
+                "-cpu",
+                "max,la57=off,pku=off,vgif=off,v-vmsave-vmload=off",
+            ])
             .args(["-smp", &computer.cpus.to_string()])
             .args(["-m", &format!("{}M", computer.memory_mib)])
             .arg("-kernel")

@@ -15,9 +15,6 @@ use crate::common::say;
 /// Names the directory of the images in the rig.
 pub const IMAGES: &str = "VMFERRY_TEST_IMAGES";
 
-/// Whether the long version of the tests is wanted.
-pub const FULL: &str = "VMFERRY_FULL";
-
 /// How every guest begins.
 const START: &str = include_str!("start.sh");
 
@@ -117,10 +114,6 @@ pub fn lab(test: &str) -> Option<(Lab, Images)> {
         }
         Err(error) => panic!("{error}"),
     }
-}
-
-pub fn full() -> bool {
-    env::var_os(FULL).is_some_and(|value| value == "1")
 }
 
 /// A program of the system's administrator, whose directory may not be on the path of others. Not the busybox of the

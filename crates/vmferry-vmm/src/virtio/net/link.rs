@@ -4,8 +4,6 @@ use std::io;
 use std::os::fd::RawFd;
 
 use super::{HEADER, RECEIVE, TRANSMIT};
-use crate::config::NetBackend;
-use crate::error::MachineError;
 use crate::virtio::Watch;
 
 /// The largest frame, without its header: the largest IP packet in an Ethernet frame with a VLAN tag.
@@ -93,19 +91,6 @@ pub(super) fn outgoing(fd: RawFd) -> Watch {
         events: libc::POLLOUT,
         queue: TRANSMIT,
     }
-}
-
-/// Opens what `config` names for interface `id`.
-pub(super) fn open(config: &NetBackend, id: &str) -> Result<Box<dyn Link>, MachineError> {
-    Ok(match config {
-        NetBackend::Tap(name) => Box::new(super::tap::Tap::open(name, id)?),
-        NetBackend::UnixStream(path) => Box::new(super::stream::Stream::connect(path, id)?),
-        NetBackend::UnixDatagram { remote, local } => Box::new(super::datagram::Datagram::open(
-            remote,
-            local.as_deref(),
-            id,
-        )?),
-    })
 }
 
 /// Whether there is just nothing to do now.

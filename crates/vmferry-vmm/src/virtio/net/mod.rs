@@ -22,7 +22,10 @@ mod tap;
 pub use announce::Announcement;
 pub(crate) use announce::Announcer;
 use announce::rarp;
+use datagram::Datagram;
 use link::{Frame, Link, MOST_FRAME};
+use stream::Stream;
+use tap::Tap;
 
 /// The queue for frames to the guest.
 const RECEIVE: usize = 0;
@@ -83,7 +86,7 @@ impl Network {
             mac,
             offered: 1 << net::VIRTIO_NET_F_MAC | 1 << net::VIRTIO_NET_F_MRG_RXBUF | offloads,
             chosen: 0,
-            link: link::open(backend, id)?,
+            link: connect(backend, id)?,
             announcer,
             received: Frame::empty(),
             starved: false,
@@ -186,6 +189,17 @@ impl Network {
         }
         Ok(())
     }
+}
+
+/// Connects interface `id` to what `backend` names.
+fn connect(backend: &NetBackend, id: &str) -> Result<Box<dyn Link>, MachineError> {
+    Ok(match backend {
+        NetBackend::Tap(name) => Box::new(Tap::open(name, id)?),
+        NetBackend::UnixStream(path) => Box::new(Stream::connect(path, id)?),
+        NetBackend::UnixDatagram { remote, local } => {
+            Box::new(Datagram::open(remote, local.as_deref(), id)?)
+        }
+    })
 }
 
 impl VirtioDevice for Network {
