@@ -60,7 +60,7 @@ impl Hypervisor {
             source: source.into(),
         })?;
         check(&kvm)?;
-        let vm = kvm.create_vm().attempt("create a virtual machine")?;
+        let vm = create_vm(&kvm).attempt("create a virtual machine")?;
 
         let xsave = vm.check_extension_int(Cap::Xsave2);
         if xsave <= 0 || vm.check_extension_raw(KVM_CAP_VCPU_ATTRIBUTES.into()) <= 0 {
@@ -105,5 +105,16 @@ impl Hypervisor {
             msrs,
             features,
         })
+    }
+}
+
+/// Creates a virtual machine. KVM gives up when something wants the thread's attention; an io_uring that has just been closed
+/// does.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result,
+        }
     }
 }
