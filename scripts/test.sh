@@ -13,9 +13,14 @@ cd "$(dirname "$0")/.."
 skip() { echo "SKIPPED: $*" >&2; }
 step() { printf '\n== %s\n' "$*"; }
 
+can_install() { command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; }
+install() {
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
 install_qemu() {
     command -v qemu-system-x86_64 >/dev/null && return
-    command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] || {
+    can_install || {
         skip "no qemu-system-x86_64, and no apt-get as root to install it"
         return
     }
@@ -29,26 +34,24 @@ install_qemu() {
         release=(-t bookworm-backports)
     fi
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        "${release[@]}" qemu-system-x86 >/dev/null || skip "installing QEMU failed"
+    install "${release[@]}" qemu-system-x86 || skip "installing QEMU failed"
 }
 
 install_tools() {
     command -v mke2fs >/dev/null && command -v debugfs >/dev/null && command -v ip >/dev/null && return
-    command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] || {
+    can_install || {
         skip "no e2fsprogs or no iproute2, and no apt-get as root to install them"
         return
     }
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends e2fsprogs iproute2 >/dev/null \
-        || skip "installing e2fsprogs and iproute2 failed"
+    install e2fsprogs iproute2 || skip "installing e2fsprogs and iproute2 failed"
 }
 
 get_linux() {
     local rig=(cargo run --quiet --release -p vmferry-rig -- image)
     "${rig[@]}" >/dev/null && return
     # The lists of packages may be missing, or older than what the mirror has.
-    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    if can_install; then
         apt-get update -qq && "${rig[@]}" >/dev/null && return
     fi
     skip "no Debian kernel: no test with a Linux guest will run"

@@ -46,9 +46,7 @@ pub use config::{
 };
 pub use dirty_log::DirtyLogKind;
 pub use error::MachineError;
-pub use machine::{
-    BalloonInfo, DiskInfo, Machine, MachineEvent, NicInfo, OnEvent, ShutdownCause, VcpuInfo,
-};
+pub use machine::{BalloonInfo, DiskInfo, Machine, MachineEvent, OnEvent, ShutdownCause, VcpuInfo};
 pub use run_state::RunState;
 #[cfg(fuzzing)]
 pub use virtio::fuzz;

@@ -38,7 +38,6 @@ mod peripherals;
 
 pub use event::{MachineEvent, OnEvent, ShutdownCause};
 pub(crate) use lifecycle::{Handover, Lifecycle, wrong_state};
-pub use network::NicInfo;
 pub use peripherals::{BalloonInfo, DiskInfo, VcpuInfo};
 
 /// How everything is when the machine is switched on, to go back to at a reset.

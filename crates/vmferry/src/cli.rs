@@ -88,13 +88,19 @@ fn parse_serial(text: &str) -> Result<SerialConfig, String> {
     }
 }
 
+/// The options in a list with commas between. A comma in a value is written twice, as in QEMU.
+fn options(text: &str) -> Vec<String> {
+    // No argument can have a NUL, which stands in for it.
+    let escaped = text.replace(",,", "\0");
+    let options = escaped.split(',');
+    options.map(|option| option.replace('\0', ",")).collect()
+}
+
 fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     const USAGE: &str = "use path=FILE[,ro=on|off][,id=NAME][,direct=on|off]";
     let (mut path, mut id) = (None, None);
     let (mut access, mut caching) = (Access::ReadWrite, Caching::Cached);
-    // A comma in a value is written twice, as in QEMU. No argument can have a NUL, which stands in for it.
-    let escaped = text.replace(",,", "\0");
-    for option in escaped.split(',').map(|option| option.replace('\0', ",")) {
+    for option in options(text) {
         match option.split_once('=') {
             Some(("path", value)) if !value.is_empty() => path = Some(value.into()),
             Some(("id", value)) if !value.is_empty() => id = Some(value.to_owned()),
@@ -118,7 +124,7 @@ fn parse_net(text: &str) -> Result<NetConfig, String> {
         "use tap=NAME or unix=PATH[,type=stream|dgram][,local=PATH], with [,mac=ADDRESS][,id=NAME]";
     let (mut tap, mut unix, mut local) = (None, None, None);
     let (mut datagrams, mut mac, mut id) = (None, None, None);
-    for option in text.split(',') {
+    for option in options(text) {
         match option.split_once('=') {
             Some(("tap", value)) if !value.is_empty() => tap = Some(value.to_owned()),
             Some(("unix", value)) if !value.is_empty() => unix = Some(PathBuf::from(value)),

@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
@@ -198,13 +198,22 @@ fn borrow_stdout() -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(libc::STDOUT_FILENO) }
 }
 
-fn listen(path: &PathBuf) -> io::Result<UnixListener> {
-    // A socket that a killed machine has left behind refuses connections; one in use is left alone.
+/// Makes way for a socket at `path`. One that a killed machine has left behind refuses to be connected to, and is removed; one in
+/// use is left alone.
+pub(crate) fn remove_stale<T>(
+    path: &Path,
+    connect: impl FnOnce() -> io::Result<T>,
+) -> io::Result<()> {
     let stale = fs::metadata(path).is_ok_and(|m| m.file_type().is_socket())
-        && UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
-    if stale {
-        fs::remove_file(path)?;
+        && connect().is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
+    match stale {
+        true => fs::remove_file(path),
+        false => Ok(()),
     }
+}
+
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    remove_stale(path, || UnixStream::connect(path))?;
     let listener = UnixListener::bind(path)?;
     listener.set_nonblocking(true)?;
     Ok(listener)

@@ -3,35 +3,24 @@
 use std::sync::MutexGuard;
 
 use super::Machine;
-use crate::config::{MacAddress, NetBackend};
 use crate::error::MachineError;
 use crate::virtio::Announcement;
 
-/// A network interface, for its user.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NicInfo {
-    /// Its name.
-    pub id: String,
-    /// Its address.
-    pub mac: MacAddress,
-    /// What it is connected to.
-    pub backend: NetBackend,
-}
-
 impl Machine {
-    /// The network interfaces.
-    pub fn nics(&self) -> Vec<NicInfo> {
-        let info = |nic: crate::config::Nic<'_>| NicInfo {
-            id: nic.id,
-            mac: nic.mac,
-            backend: nic.backend.clone(),
-        };
-        self.config.nics().map(info).collect()
+    /// How the guest is announced when it arrives here.
+    pub fn announcement(&self) -> Announcement {
+        *self.lock_announcement()
     }
 
     /// Chooses how the guest is announced when it arrives here.
     pub fn set_announcement(&self, announcement: Announcement) {
-        *self.announcement() = announcement;
+        *self.lock_announcement() = announcement;
+    }
+
+    fn lock_announcement(&self) -> MutexGuard<'_, Announcement> {
+        self.announcement
+            .lock()
+            .expect("no holder of the announcement panics")
     }
 
     /// Has the interfaces of these names, or all, tell their networks where the guest is: each sends a reverse ARP
@@ -65,14 +54,7 @@ impl Machine {
 
     /// The guest has arrived here.
     pub(crate) fn announce_arrival(&self) {
-        let announcement = *self.announcement();
-        self.announce(announcement, None)
+        self.announce(self.announcement(), None)
             .expect("no interface is named");
-    }
-
-    fn announcement(&self) -> MutexGuard<'_, Announcement> {
-        self.announcement
-            .lock()
-            .expect("no holder of the announcement panics")
     }
 }

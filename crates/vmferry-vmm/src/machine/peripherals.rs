@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::MutexGuard;
 
-use super::lifecycle::wrong_state;
+use super::lifecycle::{Lifecycle, wrong_state};
 use super::{Machine, MachineEvent};
 use crate::config::{Access, Caching};
 use crate::error::MachineError;
@@ -81,36 +82,38 @@ impl Machine {
             let why = "the machine has no balloon: start it with --balloon";
             return Err(MachineError::Config(why.into()));
         };
-        let lifecycle = self.lifecycle();
-        let hint = match lifecycle.state {
-            RunState::Running | RunState::Prelaunch | RunState::Paused => {
-                balloon.set_target(bytes);
-                return Ok(());
-            }
-            RunState::FinishMigrate => "wait for the end of the migration, or cancel it",
-            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
-            RunState::PostMigrate => "it has left; ask it where it is",
-            RunState::Shutdown | RunState::InternalError => "it has stopped for good",
-        };
-        let attempted = "ask the guest for memory";
-        Err(wrong_state(attempted, lifecycle.state, hint))
+        let _here = self.expect_here(
+            "ask the guest for memory",
+            "it has left; ask it where it is",
+        )?;
+        balloon.set_target(bytes);
+        Ok(())
     }
 
     /// Presses the power button. What follows is up to the guest: an operating system shuts down.
     pub fn power_button(&self) -> Result<(), MachineError> {
+        let attempted = "press the guest's power button";
+        let _here = self.expect_here(attempted, "it has left; press the button where it is")?;
+        self.events.press_power_button();
+        self.emit(MachineEvent::PowerButton);
+        Ok(())
+    }
+
+    /// Holds the run state for what needs a guest that is here, whether it runs or not. `gone` is what to do if it has
+    /// left.
+    fn expect_here(
+        &self,
+        attempted: &'static str,
+        gone: &'static str,
+    ) -> Result<MutexGuard<'_, Lifecycle>, MachineError> {
         let lifecycle = self.lifecycle();
         let hint = match lifecycle.state {
-            RunState::Running | RunState::Prelaunch | RunState::Paused => {
-                self.events.press_power_button();
-                self.emit(MachineEvent::PowerButton);
-                return Ok(());
-            }
+            RunState::Running | RunState::Prelaunch | RunState::Paused => return Ok(lifecycle),
             RunState::FinishMigrate => "wait for the end of the migration, or cancel it",
             RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
-            RunState::PostMigrate => "it has left; press the button where it is",
+            RunState::PostMigrate => gone,
             RunState::Shutdown | RunState::InternalError => "it has stopped for good",
         };
-        let attempted = "press the guest's power button";
         Err(wrong_state(attempted, lifecycle.state, hint))
     }
 }

@@ -8,12 +8,10 @@ use vmferry_engine::{Destination, Discipline, Observer, Parameters, Source, Stat
 use super::migration::incoming;
 use super::*;
 use crate::config::BalloonConfig;
-use crate::devices::MmioDevice;
 
 /// The queue of free pages, with statistics chosen, too.
 const FREE_PAGES: u32 = 3;
 const FEATURES: u32 = 1 << 1 | 1 << 3;
-const RINGS: u64 = 0x40_0000;
 const ID: u64 = 0x50_0000;
 /// Where the guest has pages that it has filled, of which the first half is free again.
 const FILLED: u64 = 16 << 20;
@@ -35,27 +33,7 @@ struct Driver {
 
 impl Driver {
     fn start(machine: Arc<Machine>) -> Self {
-        let slot = &machine.devices.slots()[0];
-        let write = |register: u64, value: u32| {
-            slot.write(register, &value.to_le_bytes());
-        };
-        for (register, value) in [
-            (0x70, 3),
-            (0x24, 0),
-            (0x20, FEATURES),
-            (0x24, 1),
-            (0x20, 1),
-            (0x70, 0xb),
-            (0x30, FREE_PAGES),
-            (0x38, 16),
-            (0x80, RINGS as u32),
-            (0x90, RINGS as u32 + 0x1000),
-            (0xa0, RINGS as u32 + 0x2000),
-            (0x44, 1),
-            (0x70, 0xf),
-        ] {
-            write(register, value);
-        }
+        start_device(&machine, FEATURES, FREE_PAGES);
         Driver {
             machine,
             made: Mutex::new(0),

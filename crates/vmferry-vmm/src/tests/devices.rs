@@ -7,7 +7,6 @@ use vmferry_engine::seam::{Activity, Guest};
 
 use super::migration::{copy_ram, incoming, migrate};
 use super::*;
-use crate::devices::MmioDevice;
 use crate::{Access, Caching, DiskConfig, RunState, ShutdownCause};
 
 #[test]
@@ -68,7 +67,6 @@ fn kvm_passes_notifications_on() {
     if !kvm() {
         return;
     }
-    const RINGS: u64 = 0x40_0000;
     const BUFFER: u64 = 0x50_0000;
     let dir = tempfile::tempdir().unwrap();
     let with_rng = |config: MachineConfig| MachineConfig {
@@ -87,24 +85,7 @@ fn kvm_passes_notifications_on() {
     source.resume().unwrap();
     wait_for_progress(&source);
     // The test sets the device up; the guest only notifies it.
-    let slot = source.devices.slots()[0].clone();
-    let write = |register: u64, value: u32| {
-        slot.write(register, &value.to_le_bytes());
-    };
-    for (register, value) in [
-        (0x70, 3),
-        (0x24, 1),
-        (0x20, 1),
-        (0x70, 0xb),
-        (0x38, 16),
-        (0x80, RINGS as u32),
-        (0x90, RINGS as u32 + 0x1000),
-        (0xa0, RINGS as u32 + 0x2000),
-        (0x44, 1),
-        (0x70, 0xf),
-    ] {
-        write(register, value);
-    }
+    start_device(&source, 0, 0);
     let offer = |machine: &Machine, index: u16| {
         let memory = &machine.ram.memory;
         memory.write_obj(BUFFER, GuestAddress(RINGS)).unwrap();

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::devices::MmioDevice;
 use crate::{Backing, DirtyLogChoice, Machine, MachineConfig, MachineEvent, OnReset, SerialConfig};
 
 mod balloon;
@@ -74,6 +75,31 @@ fn command(machine: &Machine, command: u8) {
         .memory
         .write_obj(command, GuestAddress(guest::COMMAND))
         .unwrap();
+}
+
+/// Where the rings of the queue are that [`start_device`] sets up.
+const RINGS: u64 = 0x40_0000;
+
+/// Does what a driver does to start the machine's first virtio device, with one of its queues.
+fn start_device(machine: &Machine, features: u32, queue: u32) {
+    let slot = &machine.devices.slots()[0];
+    for (register, value) in [
+        (0x70, 3),
+        (0x24, 0),
+        (0x20, features),
+        (0x24, 1),
+        (0x20, 1),
+        (0x70, 0xb),
+        (0x30, queue),
+        (0x38, 16),
+        (0x80, RINGS as u32),
+        (0x90, RINGS as u32 + 0x1000),
+        (0xa0, RINGS as u32 + 0x2000),
+        (0x44, 1),
+        (0x70, 0xf),
+    ] {
+        slot.write(register, &u32::to_le_bytes(value));
+    }
 }
 
 #[track_caller]

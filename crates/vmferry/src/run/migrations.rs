@@ -9,7 +9,7 @@ use vmferry_control::schema::{
 };
 use vmferry_control::{EventBus, QmpError};
 use vmferry_engine::{Destination, Info, Observer, Parameters, Source, Status, Uri};
-use vmferry_vmm::{Announcement, Machine, RunState};
+use vmferry_vmm::{Machine, RunState};
 
 use super::Exit;
 use super::dirty_rate::Measurement;
@@ -52,8 +52,6 @@ impl Current {
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     pub parameters: Parameters,
-    /// How the guest is announced when it arrives here.
-    pub announcement: Announcement,
     /// Capability `events`: tell clients when a migration changes its state.
     pub events: bool,
 }
@@ -67,7 +65,6 @@ impl Migrations {
     pub fn new(machine: Arc<Machine>, events: EventBus, exit: Sender<Exit>) -> Arc<Self> {
         let settings = Settings {
             parameters: Parameters::default(),
-            announcement: Announcement::default(),
             events: false,
         };
         Arc::new(Migrations {
@@ -88,12 +85,7 @@ impl Migrations {
     pub fn change(&self, change: impl FnOnce(&mut Settings)) {
         change(&mut lock(&self.settings));
         // The two locks are never held together.
-        let Settings {
-            parameters,
-            announcement,
-            ..
-        } = self.settings();
-        self.machine.set_announcement(announcement);
+        let parameters = self.settings().parameters;
         if let Current::Out(source) = &*lock(&self.current) {
             source.set_parameters(parameters);
         }

@@ -167,12 +167,12 @@ impl Handler for Monitor {
 
     fn migrate_set_parameters(&self, arguments: MigrateSetParameters) -> Result<(), QmpError> {
         self.migrations.change(|settings| {
-            let mut all = parameters(settings);
+            let mut all = parameters(settings, self.machine.announcement());
             all.apply(arguments);
-            settings.announcement = announcement(
+            self.machine.set_announcement(announcement(
                 all.announce_rounds,
                 [all.announce_initial, all.announce_step, all.announce_max],
-            );
+            ));
             settings.parameters = Parameters {
                 downtime_limit: Duration::from_millis(all.downtime_limit),
                 max_bandwidth: (all.max_bandwidth > 0).then_some(all.max_bandwidth),
@@ -186,7 +186,8 @@ impl Handler for Monitor {
     }
 
     fn query_migrate_parameters(&self) -> Result<MigrationParameters, QmpError> {
-        Ok(parameters(&self.migrations.settings()))
+        let announcement = self.machine.announcement();
+        Ok(parameters(&self.migrations.settings(), announcement))
     }
 
     fn migrate_set_capabilities(&self, arguments: MigrateSetCapabilities) -> Result<(), QmpError> {
@@ -217,9 +218,7 @@ impl Handler for Monitor {
     }
 
     fn query_migrate_capabilities(&self) -> Result<Vec<MigrationCapabilityStatus>, QmpError> {
-        let Settings {
-            parameters, events, ..
-        } = self.migrations.settings();
+        let Settings { parameters, events } = self.migrations.settings();
         Ok([
             (MigrationCapability::Events, events),
             (MigrationCapability::ReturnPath, true),
@@ -307,8 +306,8 @@ fn announcement(rounds: u64, times: [u64; 3]) -> Announcement {
     }
 }
 
-fn parameters(settings: &Settings) -> MigrationParameters {
-    let (engine, announcement) = (&settings.parameters, &settings.announcement);
+fn parameters(settings: &Settings, announcement: Announcement) -> MigrationParameters {
+    let engine = &settings.parameters;
     MigrationParameters {
         announce_initial: millis(announcement.initial),
         announce_max: millis(announcement.max),

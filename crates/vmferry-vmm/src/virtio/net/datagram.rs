@@ -1,9 +1,8 @@
 //! A Unix datagram socket that carries frames.
 
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +10,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 
 use super::HEADER;
 use super::link::{Frame, Link, incoming, must_wait};
+use crate::devices::remove_stale;
 use crate::error::MachineError;
 use crate::virtio::Watch;
 
@@ -53,14 +53,7 @@ fn bind(local: Option<&Path>) -> io::Result<UnixDatagram> {
         rustix::net::bind(&socket, &SocketAddrUnix::new_unnamed())?;
         return Ok(socket.into());
     };
-    // A socket that a killed machine has left behind refuses datagrams; one in use is left alone.
-    let stale = fs::metadata(path).is_ok_and(|m| m.file_type().is_socket())
-        && UnixDatagram::unbound()?
-            .connect(path)
-            .is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
-    if stale {
-        fs::remove_file(path)?;
-    }
+    remove_stale(path, || UnixDatagram::unbound()?.connect(path))?;
     UnixDatagram::bind(path)
 }
 
