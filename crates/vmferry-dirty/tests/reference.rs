@@ -1,8 +1,8 @@
 //! Long random histories against a plain reference model: a set of page numbers.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use vmferry_dirty::{
@@ -301,21 +301,22 @@ fn the_published_count_is_never_more_than_an_interval_behind() {
 fn a_hint_waits_for_one_slice_at_most() {
     const SLICE: Duration = Duration::from_millis(20);
     let set = DirtySet::new(&[64], Discipline::SliceLock);
-    let over = AtomicBool::new(false);
+    let (over, slices) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) {
                 let mut cursor = Cursor::default();
                 let _slice = set.slice(&mut cursor);
+                slices.fetch_add(1, Ordering::Relaxed);
                 std::thread::sleep(SLICE);
             }
         });
-        let start = Instant::now();
         for _ in 0..20 {
             set.clear(BlockIndex(0), PageRange::new(0, 1));
         }
-        let elapsed = start.elapsed();
         over.store(true, Ordering::Relaxed);
-        assert!(elapsed < 20 * 3 * SLICE, "20 hints waited {elapsed:?}");
+        // One begun before the hint, and one while this thread waits for its turn on the CPU, more than once at times.
+        let slices = slices.load(Ordering::Relaxed);
+        assert!(slices <= 20 * 5, "20 hints waited for {slices} slices");
     });
 }

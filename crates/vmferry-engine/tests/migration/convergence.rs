@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use vmferry_engine::{Parameters, Source, Status};
 
 use crate::common::{
-    Watched, any_port, listen, move_on, parameters, running_guest, send, wait_until,
+    Watched, any_port, impatient, listen, move_on, parameters, running_guest, send, wait_until,
 };
 use crate::toy::PAGES;
 
@@ -50,7 +50,7 @@ fn the_bandwidth_limit_is_kept_and_can_be_changed() {
         ..parameters()
     };
     let outgoing = send(&here, incoming.uri(), limited);
-    for limit in [SLOW, 5 << 20, 60 << 20] {
+    for limit in [SLOW, 5 << 20, 30 << 20] {
         limited.max_bandwidth = Some(limit);
         outgoing.set_parameters(limited);
         assert_kept(&outgoing, limit);
@@ -111,14 +111,14 @@ fn a_user_who_wants_to_say_go_is_waited_for() {
     let incoming = listen(&there, &any_port());
     let pausing = Parameters {
         pause_before_switchover: true,
-        ..parameters()
+        ..impatient()
     };
     let outgoing = send(&here, incoming.uri(), pausing);
     wait_until("pre-switchover", || {
         outgoing.info().status == Status::PreSwitchover
     });
     // Longer than the peer's timeout: the peer is not to blame for this.
-    std::thread::sleep(parameters().peer_timeout * 2);
+    std::thread::sleep(pausing.peer_timeout * 2);
     assert_eq!(outgoing.info().status, Status::PreSwitchover);
     assert!(!here.is_running() && !there.is_running());
     outgoing.proceed().unwrap();

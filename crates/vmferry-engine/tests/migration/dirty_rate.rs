@@ -182,7 +182,7 @@ fn a_known_rate_by_every_method() {
 
 #[test]
 fn pages_written_again_and_again() {
-    const TIME: Duration = Duration::from_millis(500);
+    const TIME: Duration = Duration::from_secs(2);
     let toy = Toy::new();
     toy.start(Activity::Running, Duration::ZERO).unwrap();
     // No page counts twice: at most all RAM in the time.
@@ -260,7 +260,7 @@ fn ended_at_once_whenever_that_is() {
             assert_eq!(measurement.progress(), Progress::Measuring);
             let start = Instant::now();
             drop(measurement);
-            assert!(start.elapsed() < Duration::from_secs(2), "{method}");
+            assert!(start.elapsed() < Duration::from_secs(20), "{method}");
             assert!(!guest.log.on.load(Ordering::SeqCst), "{method}");
         }
     }

@@ -7,7 +7,7 @@ use vmferry_engine::MigrationError;
 
 use crate::common::{
     Effect, Fault, HANDOVER_LOADED_LEN, Outcome, Proxy, Random, SHUT_LEN, Watched, Way, When,
-    any_port, from_handover_loaded, listen, move_on, parameters, running_guest, send,
+    any_port, from_handover_loaded, impatient, listen, move_on, parameters, running_guest, send,
 };
 use crate::toy::PAGES;
 
@@ -19,7 +19,7 @@ fn migrate(here: &Arc<Watched>, when: When, effect: Effect) -> (Arc<Watched>, Ou
     let there = Watched::new(here.runners());
     let incoming = listen(&there, &any_port());
     let proxy = Proxy::start(incoming.uri(), Fault { when, effect });
-    let outgoing = send(here, &proxy.uri(), parameters());
+    let outgoing = send(here, &proxy.uri(), impatient());
     let outcome = Outcome {
         source: outgoing.wait(),
         destination: incoming.wait(),

@@ -97,7 +97,7 @@ fn kvm_passes_notifications_on() {
     };
     let used = |machine: &Machine| u32_at(machine, RINGS + 0x2000) >> 16;
     // It looks for requests when it is started, and then has to be notified.
-    thread::sleep(Duration::from_millis(20));
+    thread::sleep(Duration::from_millis(500));
     offer(&source, 1);
     thread::sleep(Duration::from_millis(20));
     assert_eq!(used(&source), 0, "nobody has notified the device");

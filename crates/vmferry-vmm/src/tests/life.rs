@@ -37,7 +37,7 @@ fn a_guest_boots_and_prints() {
 
     let start = Instant::now();
     drop(machine);
-    assert!(start.elapsed() < Duration::from_secs(2));
+    assert!(start.elapsed() < Duration::from_secs(20));
     let at_end = output(&serial).len();
     assert!(at_end > 25);
 }

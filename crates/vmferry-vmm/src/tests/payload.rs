@@ -30,11 +30,13 @@ fn a_guest_that_checks_its_memory_goes_on_unharmed() {
     let (source, _) = machine(with_guest(config(2, &here)));
     let (destination, _) = machine(with_guest(incoming(2, &there)));
     source.resume().unwrap();
-    wait_for("heartbeats", || heartbeats(&here).len() >= 2);
+    wait_for("heartbeats", || {
+        (0..2).all(|vcpu| heartbeats(&here).iter().any(|beat| beat.vcpu == vcpu))
+    });
     migrate(&source, &destination);
     drop(source);
     wait_for("heartbeats on the destination", || {
-        heartbeats(&there).len() >= 4
+        (0..2).all(|vcpu| heartbeats(&there).iter().any(|beat| beat.vcpu == vcpu))
     });
     let before = heartbeats(&here);
     let after = heartbeats(&there);

@@ -9,7 +9,7 @@ use vmferry_control::schema::{MigrationStatus, RunState};
 
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
-use crate::common::outcome::{assert_undecided, gives_up};
+use crate::common::outcome::{arrived, assert_undecided, gives_up};
 use crate::common::proxy::{Fault, Place, Proxy};
 use crate::common::vm::Vm;
 
@@ -95,7 +95,7 @@ fn the_word_that_it_is_given_away_is_lost() {
     guest.stands_still();
     drop(proxy);
     // The cut may come before or behind the last word to the destination; the user finds out.
-    if destination.run_state() == RunState::Running {
+    if arrived(&mut destination) {
         guest.moved_to(destination);
     } else {
         assert_undecided(&mut destination, "If it runs on the source, quit this one");
@@ -121,7 +121,7 @@ fn the_word_that_it_runs_is_lost() {
         &mut guest.vm,
         "If it runs on the destination, quit this one",
     );
-    assert_eq!(destination.run_state(), RunState::Running);
+    destination.wait_for_state(RunState::Running);
     drop(proxy);
     guest.moved_to(destination);
     guest.works();
@@ -159,11 +159,7 @@ fn a_destination_that_stands_still() {
 fn a_destination_that_comes_to_a_stop() {
     let Some(lab) = Lab::new() else { return };
     let mut guest = impatient(&lab);
-    let limit = json!({"max-bandwidth": 64 << 20});
-    guest.vm.set_parameters(limit);
-    let mut destination = guest.tcp_destination();
-    let uri = destination.uri();
-    guest.vm.execute("migrate", json!({"uri": uri}));
+    let (mut destination, _) = guest.begin_slow_migration();
     crate::common::eventually("some pages to be sent", || {
         let ram = guest.vm.info().ram?;
         (ram.transferred > 1 << 20).then_some(())

@@ -10,7 +10,7 @@ use vmferry_control::schema::{MigrationStatus, RunState};
 use crate::common::command::vmferry;
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
-use crate::common::outcome::assert_undecided;
+use crate::common::outcome::{arrived, assert_undecided};
 use crate::common::proxy::{Fault, Place, Proxy};
 use crate::common::vm::Vm;
 
@@ -177,7 +177,7 @@ fn the_line_is_cut_before_the_source_knows_that_it_runs() {
     let why = fails(&mut guest.vm);
     assert!(why.contains("during the hand-over"), "{why}");
     // The cut may come before or behind the last word to the destination.
-    if destination.run_state() == RunState::Running {
+    if arrived(&mut destination) {
         assert_alone(&mut destination, Some(&mut guest.vm), &image);
         guest.moved_to(destination);
     } else {

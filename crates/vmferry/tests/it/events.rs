@@ -143,6 +143,9 @@ fn of_a_signal() {
     let Some(lab) = Lab::new() else { return };
     let args = ["--kernel", "guest:dirtier", "--memory", "128M"];
     let mut vm = Vm::start(&lab, &args);
+    // It listens to its monitor before it listens to signals.
+    vm.wait_for_state(RunState::Running);
+    vm.forget_events();
     vm.signal(rustix::process::Signal::TERM);
     let event = vm.qmp.next_event(crate::common::PATIENCE);
     let event = event.expect("events").expect("the process ends");

@@ -15,7 +15,7 @@ const HOPS: usize = 10;
 
 /// How much longer than its migration's downtime a guest may feel that it stood still: the host is shared with
 /// whatever else runs there, and a vCPU waits for its turn.
-const SCHEDULING_US: u64 = 2_000_000;
+const SCHEDULING_US: u64 = 5_000_000;
 
 fn full_size() -> bool {
     std::env::var_os("VMFERRY_FULL").is_some_and(|value| value == "1")

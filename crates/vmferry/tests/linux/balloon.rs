@@ -13,7 +13,7 @@ use crate::host::{self, Images, ROOMY};
 const INCOMING: [&str; 2] = ["--incoming", "tcp:127.0.0.1:0"];
 const MEMORY: u64 = 256 << 20;
 /// Bytes per second that are sent while the guest tells what is free.
-const BANDWIDTH: u64 = 16 << 20;
+const BANDWIDTH: u64 = 8 << 20;
 /// Of the pages that are sent without hints, at most so many of a hundred are sent with them.
 const MOST: u64 = 45;
 /// Of all pages, the guest has filled and freed so many of a hundred.

@@ -29,8 +29,10 @@ fn a_guest_resets_itself_and_powers_off() {
     // After the panic, and after `reboot -f`.
     for life in ["0", "1"] {
         assert_eq!(vm.events_until("RESET").last().unwrap(), "RESET");
-        let said = fs::read_to_string(&vm.serial).unwrap();
-        assert!(said.contains(&format!("linux: life={life}")), "{said}");
+        eventually("its last words of that life", || {
+            let said = fs::read_to_string(&vm.serial).unwrap();
+            said.contains(&format!("linux: life={life}")).then_some(())
+        });
     }
     let text = eventually("the third life", || {
         let text = fs::read_to_string(&vm.serial).ok()?;

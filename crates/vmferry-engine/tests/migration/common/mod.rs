@@ -22,7 +22,7 @@ pub use watched::{Runners, Watched};
 
 use crate::toy::Quiet;
 
-/// Short enough to wait for in a test, long enough for a busy machine.
+/// Short enough to wait for in a test.
 pub const PEER_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Nothing in these tests takes longer.
@@ -45,10 +45,19 @@ pub struct Outcome {
     pub destination: Result<(), MigrationError>,
 }
 
+/// With more patience than a busy machine needs.
 pub fn parameters() -> Parameters {
     Parameters {
-        peer_timeout: PEER_TIMEOUT,
+        peer_timeout: LONGEST,
         ..Parameters::default()
+    }
+}
+
+/// For migrations whose peer is silent, or is when it matters.
+pub fn impatient() -> Parameters {
+    Parameters {
+        peer_timeout: PEER_TIMEOUT,
+        ..parameters()
     }
 }
 

@@ -101,13 +101,13 @@ impl<'a> Guest<'a> {
         self.destination("tcp:127.0.0.1:0")
     }
 
-    /// Its migrations give up on a peer that is silent for a second.
+    /// Its migrations give up on a peer that is silent for three seconds.
     pub fn be_impatient(&mut self) {
         self.vm
-            .set_parameters(json!({"x-vmferry-peer-timeout": 1000}));
+            .set_parameters(json!({"x-vmferry-peer-timeout": 3000}));
     }
 
-    /// Begins a migration that goes on for as long as nobody lifts its bandwidth limit. Gives back where the guest goes,
+    /// Begins a migration that takes as long as its bandwidth limit makes it, until somebody lifts that. Gives back where the guest goes,
     /// and the address there.
     pub fn begin_slow_migration(&mut self) -> (Vm, String) {
         self.vm.set_parameters(json!({"max-bandwidth": 4 << 20}));

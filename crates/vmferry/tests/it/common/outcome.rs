@@ -165,6 +165,17 @@ pub fn gives_up(destination: &mut Vm) {
     }
 }
 
+/// Whether a guest runs on its destination, where it does if the last word of the hand-over came through.
+#[track_caller]
+pub fn arrived(destination: &mut Vm) -> bool {
+    eventually("the destination to know", || {
+        if destination.run_state() == RunState::Running {
+            return Some(true);
+        }
+        (destination.info().status == Some(MigrationStatus::Failed)).then_some(false)
+    })
+}
+
 /// The guest is paused, and its user is told what to do.
 #[track_caller]
 pub fn assert_undecided(vm: &mut Vm, what_to_do: &str) {

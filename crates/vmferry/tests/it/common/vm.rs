@@ -182,6 +182,8 @@ impl Vm {
     /// Passes over the events so far.
     #[track_caller]
     pub fn forget_events(&mut self) {
+        // The answer comes behind all that was said before it.
+        self.run_state();
         while self
             .qmp
             .next_event(Duration::ZERO)
