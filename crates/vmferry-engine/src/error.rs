@@ -8,6 +8,9 @@ use vmferry_wire::{EncodeError, LayoutError, ReturnPathError, StreamError};
 use crate::seam::GuestError;
 use crate::transport::TransportError;
 
+/// What leaves a hand-over undecided, unless its user does.
+pub(crate) const CONNECTION_LOST: &str = "the connection was lost";
+
 /// Why a migration failed, on either side. Unless it is [`Undecided`](MigrationError::Undecided) or
 /// [`NotResumed`](MigrationError::NotResumed), the source's guest goes on as before, and the destination's never ran.
 #[derive(Debug, thiserror::Error)]
@@ -64,13 +67,15 @@ pub enum MigrationError {
     /// The connection was lost while the guest changed hands: nobody can know from here whether it runs on
     /// the other side. It stays paused on this side.
     #[error(
-        "the connection was lost during the hand-over ({why}); the guest is paused here. If it runs on the \
+        "{what} during the hand-over ({why}); the guest is paused here. If it runs on the \
          {peer}, quit this one; if it does not, continue it here with 'cont'"
     )]
     Undecided {
+        /// What happened: "the connection was lost".
+        what: &'static str,
         /// "source" or "destination".
         peer: &'static str,
-        /// What was lost, and how.
+        /// How.
         why: String,
     },
     /// The guest stayed on the source, but cannot go on there. It is paused.

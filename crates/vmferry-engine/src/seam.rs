@@ -106,7 +106,8 @@ pub trait Guest: Send + Sync {
 
     /// The guest is about to be paused: work that shortens the pause, while the guest still runs. Flushing its disks is
     /// such work, of which little is then left for [`save_devices`](Self::save_devices). May take its time; what the
-    /// guest writes to its memory meanwhile is sent before the pause. Called once, or twice if it takes long.
+    /// guest writes to its memory meanwhile is sent before the pause. Called once, or twice if it takes long, each time
+    /// from a thread of its own: it is not waited for when the user cancels the migration.
     fn prepare_pause(&self) -> Result<(), GuestError> {
         Ok(())
     }
@@ -122,6 +123,13 @@ pub trait Guest: Send + Sync {
     /// (`was` is what `pause` returned), as though nothing had happened.
     fn resume(&self, was: Activity) -> Result<(), GuestError>;
 
+    /// As [`resume`](Self::resume), after a hand-over whose end is not known: the guest may have gone on at the
+    /// destination. It stays paused, and what only one side can have (the lock of a disk) is not taken before its user
+    /// lets it go on here.
+    fn resume_in_doubt(&self) -> Result<(), GuestError> {
+        self.resume(Activity::Paused)
+    }
+
     /// The state of vCPUs and devices of the paused guest. May write to guest memory (KVM does, for some of
     /// its paravirtual state), which is why the engine reads the dirty log once more afterwards.
     fn save_devices(&self) -> Result<Vec<DeviceState>, GuestError>;
@@ -134,6 +142,12 @@ pub trait Guest: Send + Sync {
     /// than the true downtime, so that its clocks may be moved on by it. With [`Activity::Paused`] the guest
     /// arrives paused, and only becomes its user's to start.
     fn start(&self, activity: Activity, paused_for: Duration) -> Result<(), GuestError>;
+
+    /// As [`start`](Self::start), after a hand-over whose end is not known: the source may have kept the guest. It stays
+    /// paused, and what only one side can have is not taken before its user lets it go on here.
+    fn start_in_doubt(&self, paused_for: Duration) -> Result<(), GuestError> {
+        self.start(Activity::Paused, paused_for)
+    }
 }
 
 /// The dirty log of a guest, together with the guest: for who needs the log for longer than it can borrow the guest.

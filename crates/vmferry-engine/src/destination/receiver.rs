@@ -9,7 +9,7 @@ use vmferry_wire::{
 
 use super::Shared;
 use super::populate::Populator;
-use crate::error::MigrationError;
+use crate::error::{CONNECTION_LOST, MigrationError};
 use crate::ram::RamBlock;
 use crate::run_state;
 use crate::seam::{Activity, Guest, GuestError};
@@ -186,8 +186,9 @@ impl<'a> Receiver<'a> {
                 // The source may have given the guest up, with its word lost on the way; or not. Nobody
                 // may run it before its user has looked, and nobody may throw it away.
                 Err(lost) => {
-                    self.guest.start(Activity::Paused, paused_since.elapsed())?;
+                    self.guest.start_in_doubt(paused_since.elapsed())?;
                     return Err(MigrationError::Undecided {
+                        what: CONNECTION_LOST,
                         peer: "source",
                         why: lost.to_string(),
                     });

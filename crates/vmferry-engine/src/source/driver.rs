@@ -19,6 +19,9 @@ use crate::transport::{Channel, ChannelKind, Outgoing, TransportError, Uri};
 /// The machine type in the stream's configuration section.
 pub(crate) const MACHINE_TYPE: &str = "microvm";
 
+/// How often is looked, while waiting for something else, whether the user has cancelled or the destination is gone.
+pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(50);
+
 /// What the migration has done to the guest so far, and so what a failure has to undo.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Hold {
@@ -93,7 +96,21 @@ impl<'a> Driver<'a> {
         let result = match (result, driver.return_path.take()) {
             (Err(error), Some(return_path)) => Err(return_path.explain(error)),
             // A one-way stream: what was written must also arrive (on a disk, in a command that succeeds).
-            (Ok(()), None) => outgoing.finish().map_err(MigrationError::from),
+            (Ok(()), None) => match outgoing.finish() {
+                Ok(()) => {
+                    shared.give_away();
+                    Ok(())
+                }
+                // The command had all of the guest, and may have started it elsewhere before it was ended.
+                Err(error) if shared.cancel.is_cancelled() && matches!(uri, Uri::Exec(_)) => {
+                    Err(MigrationError::Undecided {
+                        what: "the migration was cancelled",
+                        peer: "destination",
+                        why: error.to_string(),
+                    })
+                }
+                Err(error) => Err(error.into()),
+            },
             // Nobody is connected to it: what failed is the disk or the pipe.
             (Err(MigrationError::Connection { source, .. }), None) => Err(TransportError {
                 action: "write to",
@@ -120,11 +137,11 @@ impl<'a> Driver<'a> {
             shared.update(|info| info.downtime = Some(since.elapsed()));
             return Ok(());
         };
-        let activity = match failure {
-            MigrationError::Undecided { .. } => Activity::Paused,
-            _ => was,
+        let resumed = match failure {
+            MigrationError::Undecided { .. } => guest.resume_in_doubt(),
+            _ => guest.resume(was),
         };
-        Err(match guest.resume(activity) {
+        Err(match resumed {
             Ok(()) => failure,
             Err(why) => {
                 tracing::error!("cannot continue the guest after a failed migration: {why}");
@@ -208,8 +225,6 @@ impl<'a> Driver<'a> {
     }
 
     fn wait_before_switchover(&mut self) -> Result<(), MigrationError> {
-        /// A guest whose destination is gone stands still for no longer than this.
-        const CHECK_INTERVAL: Duration = Duration::from_millis(50);
         if self.shared.parameters().pause_before_switchover {
             self.shared.enter(Status::PreSwitchover);
             while !self.shared.wait_to_proceed(CHECK_INTERVAL) {

@@ -1,15 +1,17 @@
 //! Pre-copy: passes over the dirty bitmap while the guest runs, in slices of bounded length.
 
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use vmferry_dirty::{Batch, Cursor, DirtyTracker, PAGE_SIZE, PageIndex};
 use vmferry_wire::Command;
 
-use super::driver::{Driver, Hold};
+use super::driver::{CHECK_INTERVAL, Driver, Hold};
 use super::pace::Allowance;
 use super::writer::Flushed;
 use crate::error::MigrationError;
 use crate::hints::Questions;
+use crate::seam::GuestError;
 
 /// Law 5: a slice ends after this time, with or without a lock held.
 pub(super) const MAX_WAIT: Duration = Duration::from_millis(50);
@@ -60,7 +62,9 @@ impl Driver<'_> {
         questions: Option<Questions<'_>>,
     ) -> Result<(), MigrationError> {
         let mut last_sync = Instant::now();
-        let mut prepared = false;
+        /// So often is the pause prepared, however long that takes.
+        const PREPARATIONS: u32 = 2;
+        let mut prepared = 0;
         loop {
             let before = tracker.set().dirty_pages();
             if let Some(questions) = &questions {
@@ -90,11 +94,11 @@ impl Driver<'_> {
                 // The limit is what the user bears, not what we aim for: go on as long as each pass makes
                 // the rest much smaller. That is a handful of passes, each shorter than the one before.
                 let shrinking = dirty <= before / 2;
-                if (expected <= GOOD_DOWNTIME || !shrinking)
-                    && (self.prepare_pause()? <= GOOD_DOWNTIME
-                        || std::mem::replace(&mut prepared, true))
-                {
-                    return Ok(());
+                if expected <= GOOD_DOWNTIME || !shrinking {
+                    if prepared == PREPARATIONS || self.prepare_pause()? <= GOOD_DOWNTIME {
+                        return Ok(());
+                    }
+                    prepared += 1;
                 }
             }
         }
@@ -103,8 +107,23 @@ impl Driver<'_> {
     /// Has the guest's machine do what shortens the pause. How long that took: the guest has gone on writing meanwhile.
     fn prepare_pause(&self) -> Result<Duration, MigrationError> {
         let start = Instant::now();
-        self.guest.prepare_pause()?;
-        Ok(start.elapsed())
+        let guest = self.guest.clone();
+        let (over, result) = sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name("prepare-pause".to_owned())
+            .spawn(move || over.send(guest.prepare_pause()))
+            .map_err(|e| GuestError(format!("no thread to prepare the guest's pause: {e}")))?;
+        loop {
+            match result.recv_timeout(CHECK_INTERVAL) {
+                Ok(result) => return Ok(result.map(|()| start.elapsed())?),
+                // A user who cancels does not wait for storage that hangs; the thread ends when that comes back.
+                Err(RecvTimeoutError::Timeout) => self.check()?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    let panic = thread.join().expect_err("it has not sent its result");
+                    std::panic::resume_unwind(panic);
+                }
+            }
+        }
     }
 
     /// Waits until the destination has taken in all that was sent. What sits in the sockets' buffers when

@@ -1,6 +1,6 @@
 //! The return path: a thread that listens to the destination.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -22,14 +22,17 @@ impl ReturnPath {
     /// Starts listening on a two-way channel.
     pub(super) fn open(channel_to_read: &Channel) -> std::io::Result<Self> {
         let reading = channel_to_read.try_clone()?;
-        let (sender, words) = channel();
+        /// More than a destination has to say before it is listened to.
+        const MOST_WORDS: usize = 8;
+        let (sender, words) = sync_channel(MOST_WORDS);
         let reader = std::thread::Builder::new()
             .name("return-path".to_owned())
             .spawn(move || {
                 loop {
                     let word = ReturnPathMessage::read_from(&mut &reading);
                     let last = matches!(word, Err(_) | Ok(ReturnPathMessage::Shut(_)));
-                    if sender.send(word).is_err() || last {
+                    // The first of too many words is refused when it is read; the others need not be kept.
+                    if sender.try_send(word).is_err() || last {
                         return;
                     }
                 }

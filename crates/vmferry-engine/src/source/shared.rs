@@ -153,8 +153,11 @@ impl Shared {
     ) -> Result<(), MigrationError> {
         let control = lock(&self.control);
         let result = match control.ownership {
-            // Whatever broke, broke because the user cancelled.
-            Ownership::Cancelled => result.map_err(|_| MigrationError::Cancelled),
+            // Whatever broke, broke because the user cancelled. But who has the guest is not decided by that.
+            Ownership::Cancelled => result.map_err(|error| match error {
+                MigrationError::Undecided { .. } => error,
+                _ => MigrationError::Cancelled,
+            }),
             Ownership::Ours | Ownership::GivenAway => result,
         };
         match &result {

@@ -7,7 +7,8 @@ use vmferry_wire::{Command, DescribedSection, ReturnPathMessage, vm_description}
 
 use super::driver::{Driver, Hold, MACHINE_TYPE};
 use super::precopy::Pace;
-use crate::error::MigrationError;
+use super::return_path::ReturnPath;
+use crate::error::{CONNECTION_LOST, MigrationError};
 use crate::run_state;
 
 impl Driver<'_> {
@@ -44,11 +45,11 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Waits until the destination has loaded the guest; nobody answers on a one-way stream.
-    fn wait_until_loaded(&self, timeout: Duration) -> Result<(), MigrationError> {
-        let Some(return_path) = &self.return_path else {
-            return Ok(());
-        };
+    /// Waits until the destination has loaded the guest.
+    fn wait_until_loaded(
+        return_path: &ReturnPath,
+        timeout: Duration,
+    ) -> Result<(), MigrationError> {
         match return_path.wait(timeout, "not said that it has loaded the guest")? {
             ReturnPathMessage::HandoverLoaded => Ok(()),
             other => Err(MigrationError::Refused(format!(
@@ -61,17 +62,18 @@ impl Driver<'_> {
     ///
     /// Whatever fails before [`give_away`](super::shared::Shared::give_away) leaves the guest ours. From
     /// there on the destination may be running it, and only its answer tells: without one, the guest stays
-    /// paused here and its user decides. A one-way stream has nobody to ask, and is complete when written.
+    /// paused here and its user decides. A one-way stream has nobody to ask: what is left to do when all of it is
+    /// written is its transport's ([`Outgoing::finish`](crate::transport::Outgoing::finish)).
     pub(super) fn hand_over(&mut self) -> Result<(), MigrationError> {
+        let Some(return_path) = &self.return_path else {
+            return Ok(());
+        };
         let timeout = self.shared.parameters().peer_timeout;
-        let loaded = self.wait_until_loaded(timeout);
+        let loaded = Self::wait_until_loaded(return_path, timeout);
         let given_away = loaded.and_then(|()| match self.shared.give_away() {
             true => Ok(()),
             false => Err(MigrationError::Cancelled),
         });
-        if self.return_path.is_none() {
-            return given_away;
-        }
         if let Err(error) = given_away {
             // A destination that has loaded the guest would else keep its copy, in doubt. If it cannot be
             // told at once, it is in doubt, and does not run it either.
@@ -82,6 +84,7 @@ impl Driver<'_> {
         self.writer.command(Command::HandoverRun);
         self.writer.put(|e, out| e.eof(out));
         let undecided = |why: String| MigrationError::Undecided {
+            what: CONNECTION_LOST,
             peer: "destination",
             why,
         };

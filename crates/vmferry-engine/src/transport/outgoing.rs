@@ -129,7 +129,8 @@ impl Outgoing {
     /// command has succeeded.
     ///
     /// A command's success is its word that the guest is safe; when it fails, the guest goes on here, so a
-    /// command that starts the guest elsewhere must not fail afterwards.
+    /// command that starts the guest elsewhere must not fail afterwards. When the user cancels, a command is ended, and
+    /// what it had done with the guest by then is not known.
     pub fn finish(self) -> Result<(), TransportError> {
         let uri = self.uri.clone();
         self.finish_io()
@@ -142,6 +143,7 @@ impl Outgoing {
         drop(self.channel);
         match self.finish {
             Finish::Nothing => Ok(()),
+            Finish::Persist(..) if self.cancel.is_cancelled() => Err(cancelled()),
             Finish::Persist(file, path) => {
                 file.persist(&path)?;
                 File::open(parent(&path))?.sync_all()

@@ -8,7 +8,8 @@ use vmferry_engine::{MigrationError, Parameters, Source, Status, SteerError, Uri
 
 use crate::common::{
     Effect, Fault, HANDOVER_LOADED_LEN, Proxy, Random, Recorder, Watched, Way, any_port, deaf_tcp,
-    deaf_unix, from_handover_loaded, impatient, listen, move_on, parameters, running_guest, send, wait_until,
+    deaf_unix, from_handover_loaded, impatient, listen, move_on, parameters, running_guest, send,
+    wait_until,
 };
 
 /// Time enough to come to a cancelled end, on a busy machine.

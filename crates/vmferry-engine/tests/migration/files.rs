@@ -7,9 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vmferry_engine::{Destination, Uri};
+use vmferry_engine::{Destination, MigrationError, Status, Uri};
 
-use crate::common::{Random, Watched, listen, move_on, parameters, running_guest, send};
+use crate::common::{
+    Random, Watched, listen, move_on, parameters, running_guest, send, wait_until,
+};
 use crate::toy::Quiet;
 
 fn uri(transport: &str, rest: impl std::fmt::Display) -> Uri {
@@ -91,6 +93,38 @@ fn a_command_that_fails() {
     assert!(reads_all.contains("exit status: 3"), "{reads_all}");
     let reads_nothing = fails(&uri("exec", "exit 3"));
     assert!(reads_nothing.contains("exec:exit 3"), "{reads_nothing}");
+}
+
+/// A command that has all of the guest and does not end: its user can end it, and then has to know what it did.
+#[test]
+fn a_command_that_does_not_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let (snapshot, complete) = (dir.path().join("snapshot"), dir.path().join("complete"));
+    let command = format!(
+        "cat > {}; touch {}; exec sleep 60",
+        snapshot.display(),
+        complete.display()
+    );
+    let here = running_guest();
+    let outgoing = send(&here, &uri("exec", command), parameters());
+    wait_until("the whole stream", || complete.exists());
+    assert!(!here.is_running());
+    assert_eq!(outgoing.info().status, Status::Device);
+    outgoing.cancel().unwrap();
+    let error = outgoing.wait().unwrap_err();
+    assert!(
+        matches!(error, MigrationError::Undecided { .. }),
+        "{error:?}"
+    );
+    let words = error.to_string();
+    for part in ["cancelled during the hand-over", "exec:cat", "'cont'"] {
+        assert!(words.contains(part), "{words}");
+    }
+    // It had the guest indeed, and its user decides for this side.
+    here.verify();
+    load(&here, &file(&snapshot)).stop_and_verify();
+    here.run();
+    here.run_some();
 }
 
 #[test]

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmferry_dirty::DirtyLog;
 use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError};
-use vmferry_engine::{RamBlock, Source};
+use vmferry_engine::{MigrationError, RamBlock, Source};
 
-use crate::common::{Watched, any_port, listen, move_on, parameters, running_guest};
+use crate::common::{Watched, any_port, listen, move_on, parameters, running_guest, wait_until};
 use crate::toy::Quiet;
 
 /// A guest whose machine has disks.
@@ -97,7 +97,7 @@ fn migrate(here: &Arc<WithDisks>) -> (Arc<Watched>, Source) {
     let incoming = listen(&there, &any_port());
     let uri = incoming.uri().clone();
     let outgoing = Source::start(here.clone(), uri, parameters(), Box::new(Quiet)).unwrap();
-    crate::common::wait_until("the end", || outgoing.info().status.is_final());
+    wait_until("the end", || outgoing.info().status.is_final());
     let _ = incoming.wait();
     (there, outgoing)
 }
@@ -114,8 +114,8 @@ fn a_long_preparation_is_no_downtime() {
     outgoing.wait().unwrap();
     there.stop_and_verify();
     assert_eq!(here.flushes.load(Ordering::Relaxed), 2);
-    // One to begin with, one before each preparation, and the one of the switch-over.
-    assert!(info.ram.dirty_sync_count >= 4, "{info:?}");
+    // One to begin with, one before and one behind each preparation, and the one of the switch-over.
+    assert!(info.ram.dirty_sync_count >= 5, "{info:?}");
     let downtime = info.downtime.unwrap();
     assert!(downtime < here.flush, "{downtime:?}");
 }
@@ -128,6 +128,29 @@ fn a_short_one_costs_no_pass() {
     there.stop_and_verify();
     // A busy machine can make it long.
     assert!(here.flushes.load(Ordering::Relaxed) <= 2);
+}
+
+#[test]
+fn a_preparation_that_hangs_can_be_cancelled() {
+    let here = Arc::new(WithDisks {
+        flush: Duration::from_secs(5),
+        ..WithDisks::new()
+    });
+    let there = Watched::new(here.guest.runners());
+    let incoming = listen(&there, &any_port());
+    let uri = incoming.uri().clone();
+    let outgoing = Source::start(here.clone(), uri, parameters(), Box::new(Quiet)).unwrap();
+    wait_until("the preparation", || {
+        here.flushes.load(Ordering::Relaxed) == 1
+    });
+    let start = Instant::now();
+    outgoing.cancel().unwrap();
+    let end = outgoing.wait();
+    assert!(matches!(end, Err(MigrationError::Cancelled)), "{end:?}");
+    assert!(start.elapsed() < here.flush, "{:?}", start.elapsed());
+    assert!(incoming.wait().is_err());
+    here.guest.run_some();
+    move_on(&here.guest, parameters()).stop_and_verify();
 }
 
 #[test]

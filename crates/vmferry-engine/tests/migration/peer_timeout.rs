@@ -26,11 +26,11 @@ fn stops_reading(taken: usize) -> (Uri, std::sync::mpsc::Sender<()>) {
     (format!("tcp:127.0.0.1:{port}").parse().unwrap(), end)
 }
 
-fn fails_in_time(taken: usize, parameters: Parameters) {
+fn fails_in_time(taken: usize, impatient: Parameters) {
     let guest = running_guest();
     let (uri, _end) = stops_reading(taken);
     let start = Instant::now();
-    let error = send(&guest, &uri, parameters).wait().unwrap_err();
+    let error = send(&guest, &uri, impatient).wait().unwrap_err();
     let took = start.elapsed();
     let sentence = error.to_string();
     assert!(
