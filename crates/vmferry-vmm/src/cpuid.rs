@@ -7,6 +7,11 @@ use kvm_bindings::kvm_cpuid_entry2;
 const ARCH_CAPABILITIES: u32 = 1 << 29;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, ECX: VMX. A guest that runs guests of its own has state (`KVM_GET_NESTED_STATE`) that does not move yet, and what
+/// would arrive without it is another machine; so it is not offered.
+const VMX: u32 = 1 << 5;
+/// Leaf 0x8000_0001, ECX: AMD's SVM, likewise.
+const SVM: u32 = 1 << 2;
 const HYPER_THREADING: u32 = 1 << 28;
 /// Leaf 0x8000_0001, ECX: several cores are a package's cores (AMD).
 const CMP_LEGACY: u32 = 1 << 1;
@@ -23,7 +28,7 @@ pub(crate) fn for_vcpu(
         match entry.function {
             0x1 => {
                 entry.ebx = entry.ebx & 0xffff | (cpus.min(255) << 16) | (index & 0xff) << 24;
-                entry.ecx |= TSC_DEADLINE | HYPERVISOR;
+                entry.ecx = entry.ecx & !VMX | TSC_DEADLINE | HYPERVISOR;
                 set_bit(&mut entry.edx, HYPER_THREADING, cpus > 1);
             }
             // Caches: levels 1 and 2 belong to a core, level 3 to the package.
@@ -46,10 +51,15 @@ pub(crate) fn for_vcpu(
                 entry.ecx = entry.index | kind << 8;
                 entry.edx = index;
             }
-            0x8000_0001 => set_bit(&mut entry.ecx, CMP_LEGACY, cpus > 1 && is_amd(supported)),
+            0x8000_0001 => {
+                entry.ecx &= !SVM;
+                set_bit(&mut entry.ecx, CMP_LEGACY, cpus > 1 && is_amd(supported));
+            }
             0x8000_0008 if is_amd(supported) => {
                 entry.ecx = entry.ecx & !0xf0ff | (cpus - 1).min(0xff) | id_bits << 12;
             }
+            // What SVM can do.
+            0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             0x8000_001e => {
                 entry.eax = index;
                 entry.ebx = index & 0xff;
@@ -165,6 +175,19 @@ mod tests {
         assert_eq!((third[1].eax, third[1].ebx, third[1].edx), (0, 1, 2));
         assert_eq!((third[2].eax, third[2].ebx, third[2].edx), (2, 3, 2));
         assert_eq!(third[2].ecx, 1 | 2 << 8);
+    }
+
+    #[test]
+    fn guests_get_no_guests() {
+        let all = |function| kvm_cpuid_entry2 {
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..entry(function, 0)
+        };
+        let table = for_vcpu(&[all(1), all(0x8000_0001), all(0x8000_000a)], 0, 2);
+        assert_eq!(table[0].ecx, !VMX);
+        assert_eq!(table[1].ecx & SVM, 0);
+        assert_eq!((table[2].ecx, table[2].edx), (0, 0));
     }
 
     #[test]

@@ -37,7 +37,7 @@ mod network;
 mod peripherals;
 
 pub use event::{MachineEvent, OnEvent, ShutdownCause};
-pub(crate) use lifecycle::{Handover, Lifecycle, wrong_state};
+pub(crate) use lifecycle::{Handover, Lifecycle, STANDSTILL_LIMIT, wrong_state};
 pub use peripherals::{BalloonInfo, DiskInfo, VcpuInfo};
 
 /// How everything is when the machine is switched on, to go back to at a reset.
@@ -183,7 +183,7 @@ impl Machine {
         };
         if !machine.config.incoming {
             machine.lock_disks()?;
-            machine.switch_on(Occasion::PowerOn)?;
+            machine.switch_on(machine.images()?, Occasion::PowerOn)?;
         }
         for vcpu in &machine.vcpus {
             let thread = VcpuThread::spawn(

@@ -1,5 +1,8 @@
 //! The machine as the migration engine sees it.
 
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, MutexGuard};
+use std::thread;
 use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
@@ -8,7 +11,7 @@ use vmferry_dirty::DirtyLog;
 use vmferry_engine::seam::{Activity, DeviceState, FreePageHinting, Guest, GuestError, RamBlock};
 
 use crate::error::MachineError;
-use crate::machine::{Handover, Machine, wrong_state};
+use crate::machine::{Handover, Lifecycle, Machine, STANDSTILL_LIMIT, wrong_state};
 use crate::run_state::RunState;
 use crate::state::Sections;
 use crate::state::clock::{self, ClockState};
@@ -20,7 +23,7 @@ use crate::state::power::{self, PowerState};
 use crate::state::serial::{self, SavedSerial};
 use crate::state::virtio;
 use crate::vcpu::GuestRequest;
-use crate::virtio::{BalloonPort, SavedTransport};
+use crate::virtio::{BalloonPort, Disk, SavedTransport};
 
 impl Guest for Machine {
     fn ram(&self) -> &[RamBlock] {
@@ -56,8 +59,7 @@ impl Guest for Machine {
 
     /// Most of what the disks' guest has written is safe before it stands still; the rest follows when it does.
     fn prepare_pause(&self) -> Result<(), GuestError> {
-        let mut disks = self.devices.disks().iter();
-        disks.try_for_each(|disk| disk.settle().map_err(GuestError::new))
+        settle(self.devices.disks()).map_err(GuestError::new)
     }
 
     fn pause(&self) -> Result<Activity, GuestError> {
@@ -65,9 +67,8 @@ impl Guest for Machine {
         let before = lifecycle.state;
         let (activity, hint) = match before {
             RunState::Running => (Activity::Running, ""),
-            RunState::Prelaunch | RunState::Paused | RunState::PostMigrate => {
-                (Activity::Paused, "")
-            }
+            RunState::Prelaunch | RunState::Paused => (Activity::Paused, ""),
+            RunState::PostMigrate => (Activity::Paused, "it has left already"),
             RunState::FinishMigrate => (Activity::Paused, "another migration has stopped it"),
             RunState::InMigrate => (Activity::Paused, "it has not arrived here yet"),
             RunState::Shutdown | RunState::InternalError => (Activity::Paused, "reset it first"),
@@ -106,25 +107,16 @@ impl Guest for Machine {
     }
 
     fn resume(&self, was: Activity) -> Result<(), GuestError> {
-        let mut lifecycle = self.lifecycle();
-        let Handover::Leaving { before, .. } = lifecycle.handover else {
-            let hint = "no migration has stopped it here";
-            let error = wrong_state("let the guest go on", lifecycle.state, hint);
-            return Err(GuestError::new(error));
-        };
-        // Where it does not go on at once, it is its user's to start.
-        lifecycle.state = match before {
-            RunState::Running => RunState::Paused,
-            state => state,
-        };
-        lifecycle.handover = Handover::None;
-        match (was, before) {
-            (Activity::Running, _) => self.run(&mut lifecycle),
-            // It ran, but nobody knows on which side it is to go on, and who needs its disks.
-            (Activity::Paused, RunState::Running) => Ok(()),
-            (Activity::Paused, _) => self.lock_disks(),
+        let mut lifecycle = self.stays()?;
+        match was {
+            Activity::Running => self.run(&mut lifecycle),
+            Activity::Paused => self.lock_disks(),
         }
         .map_err(GuestError::new)
+    }
+
+    fn resume_in_doubt(&self) -> Result<(), GuestError> {
+        self.stays().map(drop)
     }
 
     fn save_devices(&self) -> Result<Vec<DeviceState>, GuestError> {
@@ -162,10 +154,11 @@ impl Guest for Machine {
         for (number, slot) in (0..).zip(self.devices.slots()) {
             sections.push(virtio::section(slot.kind()).encode(number, &slot.save())?);
         }
+        self.settle_disks()?;
         // From here on the destination may need the disks. Whoever lets the guest go on, here or there, locks them
         // first.
         for disk in self.devices.disks() {
-            disk.give_up().map_err(GuestError::new)?;
+            disk.unlock().map_err(GuestError::new)?;
         }
         Ok(sections)
     }
@@ -250,6 +243,45 @@ impl Guest for Machine {
     }
 
     fn start(&self, activity: Activity, paused_for: Duration) -> Result<(), GuestError> {
+        // Should the start fail, the guest stays here, its user's to start.
+        let mut lifecycle = self.arrives(paused_for)?;
+        match activity {
+            Activity::Running => self.run(&mut lifecycle),
+            Activity::Paused => self.lock_disks(),
+        }
+        .map_err(GuestError::new)
+    }
+
+    fn start_in_doubt(&self, paused_for: Duration) -> Result<(), GuestError> {
+        self.arrives(paused_for).map(drop)
+    }
+}
+
+/// Makes everything safe that the guest has written.
+fn settle(disks: &[Arc<Disk>]) -> Result<(), MachineError> {
+    disks.iter().try_for_each(|disk| disk.settle())
+}
+
+impl Machine {
+    /// Has a guest stay that a migration has stopped. It does not go on yet, and its disks are nobody's.
+    fn stays(&self) -> Result<MutexGuard<'_, Lifecycle>, GuestError> {
+        let mut lifecycle = self.lifecycle();
+        let Handover::Leaving { before, .. } = lifecycle.handover else {
+            let hint = "no migration has stopped it here";
+            let error = wrong_state("let the guest go on", lifecycle.state, hint);
+            return Err(GuestError::new(error));
+        };
+        // Where it does not go on at once, it is its user's to start.
+        lifecycle.state = match before {
+            RunState::Running => RunState::Paused,
+            state => state,
+        };
+        lifecycle.handover = Handover::None;
+        Ok(lifecycle)
+    }
+
+    /// Completes a guest whose state is in place. It does not run yet, and its disks are nobody's.
+    fn arrives(&self, paused_for: Duration) -> Result<MutexGuard<'_, Lifecycle>, GuestError> {
         let mut lifecycle = self.lifecycle();
         let Handover::Arrived {
             clocks,
@@ -262,21 +294,32 @@ impl Guest for Machine {
         };
         self.set_clocks(clocks, paused_for, tsc_deadlines)
             .map_err(|e| clock::SECTION.error(0, "load", e))?;
-        // Should the start fail, the guest stays here, its user's to start.
         lifecycle.state = RunState::Paused;
         lifecycle.handover = Handover::None;
         for disk in self.devices.disks() {
             disk.forget_cache();
         }
         self.announce_arrival();
-        match activity {
-            Activity::Running => self.run(&mut lifecycle).map_err(GuestError::new),
-            Activity::Paused => Ok(()),
+        Ok(lifecycle)
+    }
+
+    /// Makes safe what the guest has written since [`prepare_pause`](Guest::prepare_pause). It stands still: storage that
+    /// hangs is left to the thread that waits for it.
+    fn settle_disks(&self) -> Result<(), GuestError> {
+        let disks = self.devices.disks().to_vec();
+        let (over, result) = sync_channel(1);
+        thread::Builder::new()
+            .name("flush".into())
+            .spawn(move || over.send(settle(&disks)))
+            .map_err(|e| GuestError(format!("no thread to flush the guest's disks: {e}")))?;
+        match result.recv_timeout(STANDSTILL_LIMIT) {
+            Ok(result) => result.map_err(GuestError::new),
+            Err(_) => Err(GuestError(format!(
+                "cannot flush the guest's disks within {STANDSTILL_LIMIT:?}; look at the host's storage"
+            ))),
         }
     }
-}
 
-impl Machine {
     fn read_clocks(&self) -> Result<ClockState, MachineError> {
         let vcpus: Vec<_> = self.vcpus.iter().map(|vcpu| vcpu.lock()).collect();
         ClockState::save(&self.hypervisor.vm, vcpus.iter().map(|vcpu| &vcpu.fd))

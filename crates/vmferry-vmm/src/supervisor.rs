@@ -3,9 +3,13 @@
 
 use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::error::MachineError;
 use crate::machine::Machine;
+
+/// How long is waited before a vCPU's request is tried again: others want the machine's run state, too.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Starts the supervisor of `machine`. It ends with the machine and does not keep it alive.
 pub(crate) fn start(machine: &Arc<Machine>) -> Result<JoinHandle<()>, MachineError> {
@@ -18,7 +22,11 @@ pub(crate) fn start(machine: &Arc<Machine>) -> Result<JoinHandle<()>, MachineErr
                 let Some(machine) = machine.upgrade() else {
                     return;
                 };
-                machine.answer();
+                let answered = machine.answer();
+                drop(machine);
+                if !answered {
+                    thread::sleep(RETRY);
+                }
             }
         })
         .map_err(|source| MachineError::Os {

@@ -28,14 +28,21 @@ const LAST_OUTPUT: Duration = Duration::from_millis(500);
 
 /// Called when the user of the back end presses the keys that mean "quit".
 pub(crate) type BackendEvents = Box<dyn Fn() + Send>;
-/// Hands bytes to the guest and says how many it took.
-type Input = Box<dyn Fn(&[u8]) -> usize + Send>;
+/// Where input goes.
+pub(crate) trait Input: Send {
+    /// Bytes that could be added now.
+    fn room(&self) -> usize;
+
+    /// Adds what there is room for, and says how much that was.
+    fn add(&self, bytes: &[u8]) -> usize;
+}
 
 /// Output on its way to the back end, and the bell that wakes the back end's thread.
 pub(crate) struct Outbox {
     bytes: Mutex<VecDeque<u8>>,
     bell: EventFd,
-    accepts_input: AtomicBool,
+    /// Whoever hands input over holds this meanwhile.
+    accepts_input: Mutex<bool>,
     ended: AtomicBool,
 }
 
@@ -44,7 +51,7 @@ impl Outbox {
         Ok(Outbox {
             bytes: Mutex::new(VecDeque::new()),
             bell: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-            accepts_input: AtomicBool::new(false),
+            accepts_input: Mutex::new(false),
             ended: AtomicBool::new(false),
         })
     }
@@ -59,9 +66,16 @@ impl Outbox {
         let _ = self.bell.write(1);
     }
 
+    /// Lets input through, or stops it: none is on its way any more when this returns.
     pub fn accept_input(&self, accept: bool) {
-        self.accepts_input.store(accept, Ordering::Release);
+        *self.accepts_input() = accept;
         self.wake();
+    }
+
+    fn accepts_input(&self) -> MutexGuard<'_, bool> {
+        self.accepts_input
+            .lock()
+            .expect("no holder of the gate for input panics")
     }
 }
 
@@ -231,7 +245,7 @@ impl Backend {
         port: &'static str,
         config: &SerialConfig,
         outbox: Arc<Outbox>,
-        input: Input,
+        input: Box<dyn Input>,
         events: BackendEvents,
     ) -> Result<Self, MachineError> {
         let target = Target::open(port, config)?;
@@ -272,9 +286,9 @@ struct Worker {
     port: &'static str,
     target: Target,
     outbox: Arc<Outbox>,
-    input: Input,
+    input: Box<dyn Input>,
     events: BackendEvents,
-    /// Input that the guest has not taken yet.
+    /// Input for which there was room, but is not any more.
     unread: VecDeque<u8>,
     input_ended: bool,
 }
@@ -308,8 +322,11 @@ impl Worker {
     }
 
     fn wait(&self, deadline: Option<Instant>) -> Ready {
-        let guest_reads = self.outbox.accepts_input.load(Ordering::Acquire);
-        let wants_input = guest_reads && self.unread.is_empty() && !self.input_ended;
+        // What cannot be given to the guest now stays outside: a guest that leaves has not lost it.
+        let wants_input = *self.outbox.accepts_input()
+            && self.unread.is_empty()
+            && self.input.room() > 0
+            && !self.input_ended;
         let wants_output = !self.outbox.bytes().is_empty();
         let listener = match &self.target {
             Target::Unix {
@@ -383,7 +400,11 @@ impl Worker {
 
     fn take_input(&mut self) {
         let mut room = [0; CHUNK];
-        match self.target.read(&mut room) {
+        let len = self.input.room().min(CHUNK);
+        if len == 0 {
+            return;
+        }
+        match self.target.read(&mut room[..len]) {
             Ok(0) => match &mut self.target {
                 Target::Unix { client, .. } => *client = None,
                 _ => self.input_ended = true,
@@ -406,8 +427,9 @@ impl Worker {
     }
 
     fn give_input(&mut self) {
-        if !self.unread.is_empty() && self.outbox.accepts_input.load(Ordering::Acquire) {
-            let taken = (self.input)(self.unread.make_contiguous());
+        let accepts = self.outbox.accepts_input();
+        if *accepts && !self.unread.is_empty() {
+            let taken = self.input.add(self.unread.make_contiguous());
             self.unread.drain(..taken);
         }
     }

@@ -8,7 +8,7 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::backend::{Backend, BackendEvents, GuestEnd, Outbox};
+use super::backend::{Backend, BackendEvents, GuestEnd, Input, Outbox};
 use crate::config::SerialConfig;
 use crate::error::MachineError;
 use crate::layout::SERIAL_PORT;
@@ -58,6 +58,26 @@ pub(crate) struct SerialPort {
     _backend: Backend,
 }
 
+/// The back end's way to the guest.
+struct ToUart(Arc<Mutex<Uart>>);
+
+impl ToUart {
+    fn lock(&self) -> MutexGuard<'_, Uart> {
+        self.0.lock().expect("the device does not panic")
+    }
+}
+
+impl Input for ToUart {
+    fn room(&self) -> usize {
+        self.lock().fifo_capacity()
+    }
+
+    fn add(&self, bytes: &[u8]) -> usize {
+        // An error means that the FIFO is full or the port is in loopback mode: nothing was taken.
+        self.lock().enqueue_raw_bytes(bytes).unwrap_or(0)
+    }
+}
+
 impl SerialPort {
     /// The port with its back end at work. `events` learns what the back end's user does.
     pub fn new(config: &SerialConfig, events: BackendEvents) -> Result<Self, MachineError> {
@@ -74,19 +94,8 @@ impl SerialPort {
             GuestEnd(outbox.clone()),
         );
         let uart = Arc::new(Mutex::new(uart));
-        let to_guest = uart.clone();
-        let input = move |bytes: &[u8]| {
-            let mut uart = to_guest.lock().expect("the device does not panic");
-            // An error means that the FIFO is full or the port is in loopback mode: nothing was taken.
-            uart.enqueue_raw_bytes(bytes).unwrap_or(0)
-        };
-        let backend = Backend::start(
-            "serial port",
-            config,
-            outbox.clone(),
-            Box::new(input),
-            events,
-        )?;
+        let input = Box::new(ToUart(uart.clone()));
+        let backend = Backend::start("serial port", config, outbox.clone(), input, events)?;
         Ok(SerialPort {
             uart,
             interrupt,

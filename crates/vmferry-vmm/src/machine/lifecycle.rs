@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use vm_superio::SerialState;
 
 use super::{Machine, MachineEvent, ShutdownCause};
-use crate::boot::Occasion;
+use crate::boot::{Images, Occasion};
 use crate::config::OnReset;
 use crate::error::MachineError;
 use crate::run_state::RunState;
@@ -18,7 +18,7 @@ use crate::vcpu::{GuestRequest, Wanted};
 /// How long a guest that is to stop, for its user or for a migration, may wait for its disks: requests that the host has
 /// begun have to be complete. What takes longer is no delay but a failure, and a migration's guest is better off where it
 /// was.
-const STANDSTILL_LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const STANDSTILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Who decides about the guest's next start, beside the user.
 pub(crate) enum Handover {
@@ -97,13 +97,13 @@ impl Machine {
                 return Err(wrong_state("reset the guest", lifecycle.state, hint));
             }
             RunState::Running => {
+                let images = self.images()?;
                 self.try_to_hold()?;
-                let done = self.switch_on(Occasion::Reset);
+                self.switch_on_or_fail(&mut lifecycle, images)?;
                 self.go();
-                done?;
             }
             _ => {
-                self.switch_on(Occasion::Reset)?;
+                self.switch_on_or_fail(&mut lifecycle, self.images()?)?;
                 lifecycle.state = RunState::Prelaunch;
             }
         }
@@ -229,15 +229,36 @@ impl Machine {
         }
     }
 
-    /// Puts the machine into the state in which its kernel starts.
-    pub(super) fn switch_on(&self, occasion: Occasion) -> Result<(), MachineError> {
-        let Some(images) = &self.images else {
-            return Err(MachineError::Config(
+    /// What the guest starts from.
+    pub(super) fn images(&self) -> Result<&Images, MachineError> {
+        self.images.as_ref().ok_or_else(|| {
+            MachineError::Config(
                 "cannot reset the guest: it arrived here without its kernel image; start the destination with the \
                  source's --kernel"
                     .into(),
-            ));
-        };
+            )
+        })
+    }
+
+    /// Starts the guest anew. One for which that fails half-way cannot go on either.
+    fn switch_on_or_fail(
+        &self,
+        lifecycle: &mut Lifecycle,
+        images: &Images,
+    ) -> Result<(), MachineError> {
+        self.switch_on(images, Occasion::Reset)
+            .inspect_err(|error| {
+                let reason = format!("the guest cannot be reset: {error}");
+                self.fail(lifecycle, 0, reason);
+            })
+    }
+
+    /// Puts the machine into the state in which its kernel starts.
+    pub(super) fn switch_on(
+        &self,
+        images: &Images,
+        occasion: Occasion,
+    ) -> Result<(), MachineError> {
         let entry = images.load(&self.ram.memory, self.config.memory, occasion)?;
         let features = self.hypervisor.features;
         for (vcpu, power_on) in self.vcpus.iter().zip(&self.power_on.cpus) {
@@ -257,14 +278,17 @@ impl Machine {
         Ok(())
     }
 
-    /// Does what a vCPU of the running guest waits for.
-    pub(crate) fn answer(&self) {
+    /// Does what a vCPU of the running guest waits for. False if it has to wait longer, for the guest's disks.
+    pub(crate) fn answer(&self) -> bool {
         let mut lifecycle = self.lifecycle();
         if lifecycle.state != RunState::Running {
             // Stopped meanwhile; the request stands until the guest goes on.
-            return;
+            return true;
         }
-        self.hold();
+        if let Err(error) = self.try_to_hold() {
+            tracing::warn!(%error, "the guest waits to be reset or powered off");
+            return false;
+        }
         match self.gate.pending() {
             None => self.go(),
             Some(GuestRequest::PowerOff) => {
@@ -273,20 +297,21 @@ impl Machine {
             Some(GuestRequest::Reset) if self.config.on_reset == OnReset::Shutdown => {
                 self.shut_down(&mut lifecycle, ShutdownCause::GuestReset);
             }
-            Some(GuestRequest::Reset) => match self.switch_on(Occasion::Reset) {
-                Ok(()) => {
-                    self.emit(MachineEvent::Reset { guest: true });
-                    self.go();
+            Some(GuestRequest::Reset) => match self.images() {
+                Ok(images) => {
+                    // The guest's end has been told, if it fails.
+                    if self.switch_on_or_fail(&mut lifecycle, images).is_ok() {
+                        self.emit(MachineEvent::Reset { guest: true });
+                        self.go();
+                    }
                 }
-                Err(error) => {
-                    let reason = format!("the guest cannot be reset: {error}");
-                    self.fail(&mut lifecycle, 0, reason);
-                }
+                Err(error) => self.fail(&mut lifecycle, 0, error.to_string()),
             },
             Some(GuestRequest::InternalError { vcpu, reason }) => {
                 self.fail(&mut lifecycle, vcpu, reason);
             }
         }
+        true
     }
 
     fn shut_down(&self, lifecycle: &mut Lifecycle, cause: ShutdownCause) {

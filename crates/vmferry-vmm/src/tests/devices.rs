@@ -251,8 +251,8 @@ fn in_doubt_whoever_goes_on_first_has_the_disk() {
     let (source, destination) = (disks.source(), disks.destination());
     load_into(&source, &destination);
     // The connection is lost where neither can know: both keep the guest, paused.
-    Guest::resume(&*source, Activity::Paused).unwrap();
-    destination.start(Activity::Paused, Duration::ZERO).unwrap();
+    source.resume_in_doubt().unwrap();
+    destination.start_in_doubt(Duration::ZERO).unwrap();
     assert_eq!(source.run_state(), RunState::Paused);
     assert!(disks.is_free());
     destination.resume().unwrap();

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Broken, Kicks, Kind, Requests, VirtioDevice, signal};
 use crate::config::SerialConfig;
-use crate::devices::{Backend, BackendEvents, GuestEnd, Outbox};
+use crate::devices::{Backend, BackendEvents, GuestEnd, Input, Outbox};
 use crate::error::MachineError;
 
 /// The queue for bytes to the guest.
@@ -29,12 +29,25 @@ impl Inbox {
     fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
         self.0.lock().expect("no holder of the inbox panics")
     }
+}
 
-    /// Takes what there is room for; how much that was.
+/// The back end's way to the guest.
+struct ToInbox {
+    inbox: Arc<Inbox>,
+    kick: Arc<EventFd>,
+}
+
+impl Input for ToInbox {
+    fn room(&self) -> usize {
+        INBOX_BYTES.saturating_sub(self.inbox.lock().len())
+    }
+
     fn add(&self, bytes: &[u8]) -> usize {
-        let mut inbox = self.lock();
-        let taken = bytes.len().min(INBOX_BYTES.saturating_sub(inbox.len()));
-        inbox.extend(&bytes[..taken]);
+        let taken = bytes.len().min(self.room());
+        self.inbox.lock().extend(&bytes[..taken]);
+        if taken > 0 {
+            signal(&self.kick);
+        }
         taken
     }
 }
@@ -71,17 +84,11 @@ impl Console {
             source,
         })?);
         let inbox = Arc::new(Inbox::default());
-        let input = {
-            let (inbox, kick): (_, Arc<EventFd>) = (inbox.clone(), kicks.of(RECEIVE));
-            move |bytes: &[u8]| {
-                let taken = inbox.add(bytes);
-                if taken > 0 {
-                    signal(&kick);
-                }
-                taken
-            }
-        };
-        let backend = Backend::start("console", config, outbox.clone(), Box::new(input), events)?;
+        let input = Box::new(ToInbox {
+            inbox: inbox.clone(),
+            kick: kicks.of(RECEIVE),
+        });
+        let backend = Backend::start("console", config, outbox.clone(), input, events)?;
         let console = Console {
             inbox,
             outbox: outbox.clone(),

@@ -30,6 +30,9 @@ pub(crate) struct Disk {
     block_size: u64,
     /// Whether the lock is held. Who takes it and gives it up has the machine's run state to itself.
     locked: AtomicBool,
+    /// Whether a flush of cached writes has failed. Linux tells a file of a page that it could not write once, and takes it for
+    /// clean afterwards (fsync(2)): no later success means anything, whoever was told, the guest or a migration.
+    lost_writes: AtomicBool,
 }
 
 impl AsRawFd for Disk {
@@ -85,6 +88,7 @@ impl Disk {
             sectors: bytes / SECTOR,
             block_size,
             locked: AtomicBool::new(false),
+            lost_writes: AtomicBool::new(false),
         })
     }
 
@@ -100,6 +104,7 @@ impl Disk {
             sectors,
             block_size: SECTOR,
             locked: AtomicBool::new(false),
+            lost_writes: AtomicBool::new(false),
         }
     }
 
@@ -172,12 +177,6 @@ impl Disk {
         }
     }
 
-    /// Lets somebody else use the disk: everything written is safe, and the lock is free. The guest stands still.
-    pub fn give_up(&self) -> Result<(), MachineError> {
-        self.settle()?;
-        self.unlock()
-    }
-
     /// Makes everything safe that was written to a disk that may be written to. The guest may run.
     pub fn settle(&self) -> Result<(), MachineError> {
         match self.access {
@@ -199,7 +198,19 @@ impl Disk {
 
     /// Makes everything that was written safe.
     pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.flushed(self.file.sync_data())
+    }
+
+    /// What the kernel's answer to a flush means.
+    pub fn flushed(&self, answer: io::Result<()>) -> io::Result<()> {
+        if answer.is_err() && self.caching == Caching::Cached {
+            self.lost_writes.store(true, Ordering::Relaxed);
+        }
+        answer?;
+        match self.lost_writes.load(Ordering::Relaxed) {
+            true => Err(io::Error::other("a write before has failed and is lost")),
+            false => Ok(()),
+        }
     }
 
     /// Discards `len` bytes: they read as anything afterwards, and need no space.

@@ -41,10 +41,10 @@ pub(super) struct Done {
 }
 
 impl Job {
-    /// Bytes of host memory that it takes.
-    pub fn bounced(&self) -> u64 {
+    /// Bytes that it moves.
+    pub fn bytes(&self) -> u64 {
         match &self.work {
-            Work::Transfer(transfer) => transfer.bounced(),
+            Work::Transfer(transfer) => transfer.len(),
             Work::Flush => 0,
         }
     }

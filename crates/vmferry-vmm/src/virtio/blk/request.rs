@@ -11,9 +11,9 @@ use crate::virtio::{Broken, Chain};
 pub(super) const HEADER: u64 = 16;
 /// The last byte of a request is its status.
 pub(super) const STATUS: u64 = 1;
-/// The most that one request may move. Drivers stay far below; what a hostile one can make a pause wait for is bounded
-/// by it.
-const MOST_BYTES: u64 = 64 << 20;
+/// The most that one request may move, and with so much on its way no further one begins. Drivers stay far below; what a
+/// hostile one can make a pause wait for, and have in bounce buffers, is bounded by it.
+pub(super) const MOST_BYTES: u64 = 64 << 20;
 
 /// Bytes of a piece of a discard or write-zeroes request: sector, number of sectors, flags.
 const SEGMENT: u64 = 16;

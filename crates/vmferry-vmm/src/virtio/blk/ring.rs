@@ -11,11 +11,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::disk::Disk;
 use super::engine::{DiskIo, Done, Engine, Job, Work, write_flags};
+use super::request::MOST_BYTES;
 use super::transfer::Direction;
 use crate::virtio::signal;
-
-/// Bytes of bounce buffers with which no further job begins: a hostile driver may want one for each.
-const MOST_BOUNCED: u64 = 64 << 20;
 
 /// An io_uring and the jobs that the kernel has.
 ///
@@ -31,8 +29,8 @@ pub(super) struct Ring {
     disk: Arc<Disk>,
     jobs: Slab<Job>,
     most: usize,
-    /// Bytes of the jobs' bounce buffers.
-    bounced: u64,
+    /// Bytes of the jobs' transfers.
+    bytes: u64,
     kick: Arc<EventFd>,
 }
 
@@ -57,7 +55,7 @@ impl Ring {
             disk,
             jobs: Slab::with_capacity(most.into()),
             most: most.into(),
-            bounced: 0,
+            bytes: 0,
             kick: kick.clone(),
         })
     }
@@ -96,14 +94,14 @@ impl Engine for Ring {
     }
 
     fn begin(&mut self, job: Job) -> Option<Done> {
-        self.bounced += job.bounced();
+        self.bytes += job.bytes();
         let key = self.jobs.insert(job);
         self.push(key);
         None
     }
 
     fn has_room(&self) -> bool {
-        self.jobs.len() < self.most && self.bounced < MOST_BOUNCED
+        self.jobs.len() < self.most && self.bytes < MOST_BYTES
     }
 
     fn submit(&mut self) {
@@ -130,11 +128,15 @@ impl Engine for Ring {
                 moved @ 0.. => Ok(moved as usize),
                 error => Err(io::Error::from_raw_os_error(-error)),
             };
+            let answer = match self.jobs[key].work {
+                Work::Flush => self.disk.flushed(answer.map(drop)).map(|()| 0),
+                Work::Transfer(_) => answer,
+            };
             match self.jobs[key].hear(answer) {
                 ControlFlow::Continue(()) => self.push(key),
                 ControlFlow::Break(outcome) => {
                     let job = self.jobs.remove(key);
-                    self.bounced -= job.bounced();
+                    self.bytes -= job.bytes();
                     return Some(Done { job, outcome });
                 }
             }

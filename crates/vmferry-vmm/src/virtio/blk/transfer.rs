@@ -101,11 +101,6 @@ impl Transfer {
         self.len
     }
 
-    /// Bytes of host memory that it takes.
-    pub fn bounced(&self) -> u64 {
-        self.bounce.as_ref().map_or(0, |_| self.len)
-    }
-
     pub fn step(&self) -> Step<'_> {
         let rest = self.pieces.rest();
         Step {

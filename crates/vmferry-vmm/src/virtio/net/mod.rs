@@ -34,6 +34,9 @@ const TRANSMIT: usize = 1;
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE; 2];
 
+/// No link keeps more frames than this for a guest that does not take them. (A TAP interface: 500 or 1000.)
+const MOST_WAITING: u32 = 1024;
+
 /// Bytes of the header before each frame, and where in it the number of buffers is.
 const HEADER: usize = 12;
 const BUFFER_COUNT: std::ops::Range<usize> = 10..12;
@@ -56,6 +59,8 @@ pub(crate) struct Network {
     chosen: u64,
     link: Box<dyn Link>,
     announcer: Announcer,
+    /// Whether it is time to, as soon as the link takes a frame.
+    announcing: bool,
     /// The frame that has come last, until the guest has it.
     received: Frame,
     /// Whether that waits for the driver to offer room.
@@ -88,6 +93,7 @@ impl Network {
             chosen: 0,
             link: connect(backend, id)?,
             announcer,
+            announcing: false,
             received: Frame::empty(),
             starved: false,
             sending: Frame::empty(),
@@ -162,8 +168,10 @@ impl Network {
     }
 
     fn transmit(&mut self, requests: &mut Requests<'_>) -> Result<(), Broken> {
+        // Asked even if nothing can be sent: a timer that nobody asks would wake this thread for ever.
+        self.announcing |= self.announcer.is_due();
         while self.link.can_send() {
-            if self.announcer.is_due() {
+            if std::mem::take(&mut self.announcing) {
                 self.sending.set(&rarp(self.mac));
                 self.link.send(self.sending.bytes());
                 continue;
@@ -227,6 +235,12 @@ impl VirtioDevice for Network {
     /// What has come was for the driver before.
     fn reset(&mut self) {
         self.chosen = 0;
+        self.link.activate(0);
+        for _ in 0..MOST_WAITING {
+            if !self.link.receive(&mut self.received) {
+                break;
+            }
+        }
         self.received.clear();
         self.starved = false;
     }

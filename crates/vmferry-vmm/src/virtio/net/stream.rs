@@ -6,6 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
 use super::announce::Timer;
 use super::link::{Frame, Link, MOST_FRAME, incoming, must_wait, outgoing};
 use super::{HEADER, TRANSMIT};
@@ -137,10 +139,13 @@ impl Stream {
 
 impl Connection {
     fn open(path: &Path) -> io::Result<Self> {
-        let socket = UnixStream::connect(path)?;
-        socket.set_nonblocking(true)?;
+        // It does not wait even to be connected: who listens may have stopped to accept.
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
         Ok(Connection {
-            socket,
+            socket: socket.into(),
             received: Received::new(),
             unsent: Vec::new(),
         })

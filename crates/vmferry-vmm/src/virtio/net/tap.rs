@@ -24,6 +24,8 @@ const NAME: usize = libc::IFNAMSIZ;
 pub(super) struct Tap {
     file: File,
     id: String,
+    /// Whether the host has removed it.
+    gone: bool,
 }
 
 /// What the guest takes, by virtio's feature, and what the kernel is told then.
@@ -67,6 +69,7 @@ impl Tap {
             Ok(()) => Ok(Tap {
                 file,
                 id: id.to_owned(),
+                gone: false,
             }),
             Err(e) if e.kind() == ErrorKind::ResourceBusy => {
                 refuse("another process uses it".into())
@@ -136,8 +139,9 @@ impl Link for Tap {
         match frame.fill(|room| self.file.read(room)) {
             Ok(()) => !frame.is_empty(),
             Err(error) => {
-                if !must_wait(&error) {
-                    tracing::debug!(id = self.id, %error, "no frame can be received");
+                if !must_wait(&error) && !self.gone {
+                    self.gone = true;
+                    tracing::warn!(id = self.id, %error, "the TAP interface of an interface is gone, which is unplugged now");
                 }
                 false
             }
@@ -152,7 +156,8 @@ impl Link for Tap {
     }
 
     fn watches(&self, wanted: bool) -> Vec<Watch> {
-        match wanted {
+        // One that is gone would always have something to tell.
+        match wanted && !self.gone {
             true => vec![incoming(self.file.as_raw_fd())],
             false => Vec::new(),
         }

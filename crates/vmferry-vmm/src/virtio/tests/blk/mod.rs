@@ -365,7 +365,7 @@ fn one_writer_or_many_readers() {
     let refused = other.lock().unwrap_err().to_string();
     assert!(refused.contains("another process uses"), "{refused}");
     assert!(other.check_lock().is_err() && read_only().lock().is_err());
-    one.give_up().unwrap();
+    one.unlock().unwrap();
     other.check_lock().unwrap();
     assert!(one.lock().unwrap());
     drop(one);
