@@ -243,6 +243,29 @@ fn a_failed_hand_over_takes_the_disk_back() {
 }
 
 #[test]
+fn a_paused_guest_takes_its_disk_along() {
+    if !kvm() {
+        return;
+    }
+    let disks = Disks::new();
+    let (source, destination) = (disks.source(), disks.destination());
+    source.pause().unwrap();
+    assert_eq!(Guest::pause(&*source).unwrap(), Activity::Paused);
+    let state = source.save_devices().unwrap();
+    copy_ram(&source, &destination);
+    destination.load_devices(&state).unwrap();
+    destination.start(Activity::Paused, Duration::ZERO).unwrap();
+    source.set_post_migrate().unwrap();
+    assert!(!disks.is_free(), "somebody else could write to it");
+    // What has left does not leave once more.
+    let error = Guest::pause(&*source).unwrap_err().to_string();
+    assert!(error.contains("it has left already"), "{error}");
+    assert!(source.resume().is_err());
+    destination.resume().unwrap();
+    wait_for_progress(&destination);
+}
+
+#[test]
 fn in_doubt_whoever_goes_on_first_has_the_disk() {
     if !kvm() {
         return;

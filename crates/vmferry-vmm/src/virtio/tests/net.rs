@@ -58,10 +58,10 @@ fn frame(len: usize) -> Vec<u8> {
     (0..len).map(|byte| byte as u8).collect()
 }
 
-/// Does what the device's thread does, until `done`.
+/// Does what the device's thread does, until `done`. How often there was something to do.
 #[track_caller]
-fn serve_until(bench: &Bench, what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
+fn serve_until(bench: &Bench, what: &str, mut done: impl FnMut() -> bool) -> u32 {
+    let (start, mut served) = (Instant::now(), 0);
     while !done() {
         assert!(start.elapsed() < PATIENCE, "{what}");
         for watch in bench.slot.watches() {
@@ -73,9 +73,11 @@ fn serve_until(bench: &Bench, what: &str, mut done: impl FnMut() -> bool) {
             // SAFETY: `fd` is one entry, which poll fills in.
             if unsafe { libc::poll(&mut fd, 1, 10) } > 0 {
                 bench.serve(watch.queue);
+                served += 1;
             }
         }
     }
+    served
 }
 
 /// Where in the available ring the driver wants its next kick.
@@ -357,6 +359,38 @@ fn an_interface_announces_itself() {
     }
 }
 
+/// Its reader has stopped to read in the middle of a frame.
+#[test]
+fn an_announcement_that_cannot_be_sent_waits_quietly() {
+    let (ram, dir) = (ram(), tempfile::tempdir().unwrap());
+    let (bench, announcer, _listener, peer) = stream(&ram, dir.path());
+    bench.start(0, 2);
+    bench.put(BUFFERS + u64::from(HEADER), &frame(60_000));
+    let mut offered = 0;
+    while bench.used(TRANSMIT).0 == offered {
+        assert!(offered < 1000, "nothing stops the driver");
+        bench.offer(TRANSMIT, &[(BUFFERS, HEADER + 60_000, 0)]);
+        bench.serve(TRANSMIT);
+        offered += 1;
+    }
+    announcer.start(Announcement {
+        rounds: 2,
+        initial: Duration::from_millis(10),
+        ..Announcement::default()
+    });
+    let over = Instant::now() + Duration::from_millis(200);
+    let served = serve_until(&bench, "nothing", || Instant::now() > over);
+    assert!(served <= 4, "the device was at work {served} times");
+    peer.set_nonblocking(true).unwrap();
+    serve_until(&bench, "the announcement", || {
+        let mut some = vec![0; 1 << 20];
+        let read = (&peer).read(&mut some).unwrap_or(0);
+        let mac = MacAddress::default_of(0).bytes();
+        let to_all = [&[0xff; 6][..], &mac, &[0x80, 0x35]].concat();
+        some[..read].windows(to_all.len()).any(|at| at == to_all)
+    });
+}
+
 #[test]
 fn what_cannot_be_connected_is_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -448,5 +482,19 @@ fn a_tap_interface_is_a_network() {
             bench.serve(RECEIVE);
         }
         false
+    });
+
+    // What is left to wait for when the host has removed it is the time of an announcement.
+    serve_until(&bench, "room for more", || {
+        let has_room = bench.slot.watches().len() == 2;
+        if !has_room {
+            bench.offer(RECEIVE, &[(ROOM, 2000, WRITE)]);
+            bench.serve(RECEIVE);
+        }
+        has_room
+    });
+    assert!(ip("link del vmferry0"));
+    serve_until(&bench, "the interface to be missed", || {
+        bench.slot.watches().len() == 1
     });
 }

@@ -1,6 +1,8 @@
 //! virtio-blk: requests, images, locks; with each engine.
 
 use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -88,6 +90,31 @@ fn with_each(test: impl Fn(DiskIo)) {
         test(DiskIo::IoUring);
     }
     test(DiskIo::Synchronous);
+}
+
+/// The kernel tells of a write that it has lost once; whoever asks afterwards has to hear of it, too.
+#[test]
+fn a_failed_flush_is_never_forgotten() {
+    let failure = || Err(io::Error::from_raw_os_error(libc::EIO));
+    with_each(|io| {
+        let (ram, image) = (ram(), Image::new());
+        let disk = image.disk();
+        disk.settle().unwrap();
+        assert!(disk.flushed(failure()).is_err());
+        let why = disk.settle().unwrap_err().to_string();
+        assert!(
+            why.contains("flush the disk 'root'") && why.contains("lost"),
+            "{why}"
+        );
+        let bench = bench(&ram, disk, io);
+        bench.start(FLUSH, 1);
+        assert_eq!(request(&bench, blk::VIRTIO_BLK_T_FLUSH, 0, &[]), ERROR);
+    });
+    // Nothing is cached of a disk with direct I/O.
+    let (pipe, _) = std::io::pipe().unwrap();
+    let direct = Disk::of_pipe(File::from(OwnedFd::from(pipe)), SECTORS, Caching::Direct);
+    assert!(direct.flushed(failure()).is_err());
+    direct.flushed(Ok(())).unwrap();
 }
 
 /// Puts a request into the ring.
