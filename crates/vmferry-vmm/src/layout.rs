@@ -56,18 +56,19 @@ pub(crate) const VIRTIO_MMIO: u64 = 0xfeb0_0000;
 pub(crate) const VIRTIO_MMIO_SLOT: u64 = 512;
 /// How many slots there are.
 pub(crate) const VIRTIO_MMIO_SLOTS: u32 = 24;
-/// The first of the eight interrupts that the slots take in turn: the lines of the I/O APIC that no legacy device
-/// can have.
+/// The first of the interrupts that the slots take in turn: the lines of the I/O APIC that no legacy device can have.
 const VIRTIO_MMIO_IRQ: u32 = 16;
+/// How many these are.
+pub(crate) const VIRTIO_MMIO_IRQS: u32 = 8;
 
 /// Address of a virtio-mmio slot's registers.
 pub(crate) fn virtio_slot(slot: u32) -> u64 {
     VIRTIO_MMIO + u64::from(slot) * VIRTIO_MMIO_SLOT
 }
 
-/// Interrupt of a virtio-mmio slot. Beyond the eighth slot, lines are shared.
+/// Interrupt of a virtio-mmio slot. Beyond the first [`VIRTIO_MMIO_IRQS`] slots, lines are shared.
 pub(crate) fn virtio_irq(slot: u32) -> u32 {
-    VIRTIO_MMIO_IRQ + slot % 8
+    VIRTIO_MMIO_IRQ + slot % VIRTIO_MMIO_IRQS
 }
 
 /// Registers of the I/O APIC.

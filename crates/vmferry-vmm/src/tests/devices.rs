@@ -206,6 +206,27 @@ fn a_disk_changes_hands_with_its_guest() {
     assert!(!disks.is_free());
 }
 
+/// There are more slots than interrupts.
+#[test]
+fn devices_share_interrupts() {
+    if !kvm() {
+        return;
+    }
+    let disks = Disks::new();
+    let numbered = |number: u32| DiskConfig {
+        id: Some(format!("disk{number}")),
+        access: Access::ReadOnly,
+        ..disks.disk()
+    };
+    let many = MachineConfig {
+        disks: (0..20).map(numbered).collect(),
+        ..config(1, &disks.dir.path().join("here"))
+    };
+    let (machine, _) = machine(many);
+    machine.resume().unwrap();
+    wait_for_progress(&machine);
+}
+
 /// Takes a running guest as far as the destination's LOADED.
 fn load_into(source: &Machine, destination: &Machine) {
     assert_eq!(Guest::pause(source).unwrap(), Activity::Running);

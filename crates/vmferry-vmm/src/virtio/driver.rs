@@ -11,7 +11,7 @@ use vm_memory::{Address, Bytes, GuestAddress};
 use vmferry_dirty::PAGE_SIZE;
 
 use super::slot::Slot;
-use super::{Kicks, VirtioDevice};
+use super::{Kicks, VirtioDevice, event};
 use crate::devices::MmioDevice;
 use crate::memory::{GuestMemory, GuestRam};
 use crate::vcpu::{Gate, Wanted};
@@ -60,7 +60,8 @@ pub(super) struct Bench {
 impl Bench {
     pub(super) fn new(ram: &GuestRam, device: Box<dyn VirtioDevice>, kicks: Kicks) -> Self {
         let memory = ram.memory.clone();
-        let slot = Arc::new(Slot::new(device, kicks, memory.clone()).unwrap());
+        let line = Arc::new(event().unwrap());
+        let slot = Arc::new(Slot::new(device, kicks, line, memory.clone()).unwrap());
         let gate = Gate::new(1);
         gate.set(Wanted::Run);
         Bench { memory, slot, gate }

@@ -1,5 +1,6 @@
 //! A queue and what its device does with it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
@@ -9,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Broken, Chain};
-use super::{event, signal};
+use super::signal;
 use crate::error::MachineError;
 use crate::memory::GuestMemory;
 use crate::vcpu::Gate;
@@ -21,20 +22,20 @@ const USED_ENTRY: u64 = 8;
 /// A device's interrupt line and the register that says why it was raised.
 pub(crate) struct Interrupt {
     status: AtomicU32,
-    event: EventFd,
+    line: Arc<EventFd>,
 }
 
 impl Interrupt {
-    pub fn new() -> Result<Self, MachineError> {
-        Ok(Interrupt {
+    pub fn new(line: Arc<EventFd>) -> Self {
+        Interrupt {
             status: AtomicU32::new(0),
-            event: event()?,
-        })
+            line,
+        }
     }
 
     /// What KVM should listen to.
-    pub fn event(&self) -> &EventFd {
-        &self.event
+    pub fn line(&self) -> &Arc<EventFd> {
+        &self.line
     }
 
     /// There is something in a used ring.
@@ -50,7 +51,7 @@ impl Interrupt {
     fn raise(&self, why: u32) {
         // The driver reads the register at the interrupt, so it comes first.
         self.status.fetch_or(why, Ordering::AcqRel);
-        signal(&self.event);
+        signal(&self.line);
     }
 
     pub fn status(&self) -> u32 {
@@ -67,7 +68,7 @@ impl Interrupt {
     pub fn set_status(&self, status: u32) {
         self.status.store(status, Ordering::Release);
         if status != 0 {
-            signal(&self.event);
+            signal(&self.line);
         }
     }
 }

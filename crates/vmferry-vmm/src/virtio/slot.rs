@@ -1,6 +1,6 @@
 //! A virtio-mmio slot: a transport with what KVM and the device's thread hold of it.
 
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 use virtio_bindings::virtio_mmio as reg;
@@ -11,7 +11,7 @@ use super::transport::{After, SavedTransport, Transport};
 use super::{Kicks, Kind, VirtioDevice, Watch, event, signal};
 use crate::devices::{MmioDevice, WriteEffect};
 use crate::error::{Attempt, MachineError};
-use crate::layout::{virtio_irq, virtio_slot};
+use crate::layout::{VIRTIO_MMIO_IRQS, virtio_irq, virtio_slot};
 use crate::memory::GuestMemory;
 use crate::vcpu::Gate;
 
@@ -29,17 +29,18 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// Puts a device into a slot. `kicks` has an event for each of its queues.
+    /// Puts a device into a slot. `kicks` has an event for each of its queues; `line` raises its interrupt.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         kicks: Kicks,
+        line: Arc<EventFd>,
         memory: GuestMemory,
     ) -> Result<Self, MachineError> {
         let transport = Transport::new(device, memory);
         Ok(Slot {
             kind: transport.kind(),
             transport: Mutex::new(transport),
-            interrupt: Interrupt::new()?,
+            interrupt: Interrupt::new(line),
             kicks,
             bell: event()?,
         })
@@ -52,8 +53,17 @@ impl Slot {
             vm.register_ioevent(kick, &IoEventAddress::Mmio(notify), queue as u32)
                 .attempt("connect a virtio queue's notifications")?;
         }
-        vm.register_irqfd(self.interrupt.event(), virtio_irq(number))
-            .attempt("connect a virtio device's interrupt")
+        // Those beyond have the event of one of the first.
+        if number < VIRTIO_MMIO_IRQS {
+            vm.register_irqfd(self.interrupt.line(), virtio_irq(number))
+                .attempt("connect a virtio device's interrupt")?;
+        }
+        Ok(())
+    }
+
+    /// The event that raises the slot's interrupt.
+    pub fn line(&self) -> &Arc<EventFd> {
+        self.interrupt.line()
     }
 
     pub fn kind(&self) -> Kind {

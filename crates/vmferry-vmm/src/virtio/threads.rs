@@ -13,12 +13,12 @@ use super::console::InputGate;
 use super::slot::Slot;
 use super::{
     Announcement, Announcer, Balloon, BalloonPort, Block, Console, Disk, DiskIo, Kicks, Kind,
-    Network, Rng, VirtioDevice, signal,
+    Network, Rng, VirtioDevice, event, signal,
 };
 use crate::config::MachineConfig;
 use crate::devices::{BackendEvents, MmioRange};
 use crate::error::MachineError;
-use crate::layout::{VIRTIO_MMIO_SLOT, virtio_slot};
+use crate::layout::{VIRTIO_MMIO_IRQS, VIRTIO_MMIO_SLOT, virtio_slot};
 use crate::memory::GuestMemory;
 use crate::state::virtio::DeviceDescription;
 use crate::vcpu::{Gate, Pass, Wanted};
@@ -44,10 +44,16 @@ impl Devices {
         events: BackendEvents,
         on_balloon: OnChange,
     ) -> Result<Self, MachineError> {
-        let mut slots = Vec::new();
+        let mut slots: Vec<Arc<Slot>> = Vec::new();
         let (mut disks, mut disk_io) = (Vec::new(), Vec::new());
         let mut add = |device: Box<dyn VirtioDevice>, kicks| {
-            let slot = Arc::new(Slot::new(device, kicks, memory.clone())?);
+            // Slots that share an interrupt share its event: KVM would lose one of two edges that come from two events at
+            // the same moment.
+            let line = match slots.len().checked_sub(VIRTIO_MMIO_IRQS as usize) {
+                Some(first) => Slot::line(&slots[first]).clone(),
+                None => Arc::new(event()?),
+            };
+            let slot = Arc::new(Slot::new(device, kicks, line, memory.clone())?);
             slots.push(slot.clone());
             Ok::<_, MachineError>(slot)
         };
