@@ -13,7 +13,7 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, VolatileMemory};
 use vmferry_dirty::log::{VmmWriteLog, VmmWrites};
 use vmferry_dirty::{BlockIndex, DirtyLog, LogError, PAGE_SIZE, PageRange};
-use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError};
+use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError, PauseError};
 use vmferry_engine::{Destination, Info, Observer, Parameters, RamBlock, Source, Status, Uri};
 
 /// The guest's memory.
@@ -216,7 +216,7 @@ impl Guest for Toy {
         }
     }
 
-    fn pause(&self) -> Result<Activity, GuestError> {
+    fn pause(&self, _limit: Duration) -> Result<Activity, PauseError> {
         Ok(self.cpu.set_running(Activity::Paused))
     }
 
@@ -289,7 +289,7 @@ fn main() {
         std::thread::yield_now();
     }
     let left = here.verify();
-    there.pause().unwrap();
+    there.pause(Duration::ZERO).unwrap();
     let steps = there.verify();
     assert!(left < steps);
     println!(

@@ -64,8 +64,8 @@ pub enum MigrationError {
     /// The source was cancelled or failed after the guest had been loaded here, and said so.
     #[error("the source has kept its guest: the migration was cancelled there, or failed")]
     Kept,
-    /// The connection was lost while the guest changed hands: nobody can know from here whether it runs on
-    /// the other side. It stays paused on this side.
+    /// The connection was lost while the guest changed hands, or the user cancelled when a command had all of it: nobody can
+    /// know from here whether it runs on the other side. It stays paused on this side.
     #[error(
         "{what} during the hand-over ({why}); the guest is paused here. If it runs on the \
          {peer}, quit this one; if it does not, continue it here with 'cont'"

@@ -57,6 +57,17 @@ impl GuestError {
     }
 }
 
+/// Why a guest could not be paused. It runs on.
+#[derive(Debug, thiserror::Error)]
+pub enum PauseError {
+    /// It did not come to a stand in time: the words say what it waited for. The engine goes on copying, and tries again.
+    #[error("{0}")]
+    Busy(String),
+    /// It cannot be, and the migration fails.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
 /// Whether the guest's vCPUs were executing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activity {
@@ -116,8 +127,8 @@ pub trait Guest: Send + Sync {
     /// [`resume`](Self::resume) the VMM lets nobody else start the guest.
     ///
     /// The guest stands still from the call on, so an implementation that has to wait (for requests that a disk has not
-    /// finished, say) gives up after a while: an error leaves the guest running, and fails the migration.
-    fn pause(&self) -> Result<Activity, GuestError>;
+    /// finished, say) gives up after `limit`: an error leaves the guest running.
+    fn pause(&self, limit: Duration) -> Result<Activity, PauseError>;
 
     /// Undoes [`pause`](Self::pause) after a migration that failed: the guest goes on as it was before
     /// (`was` is what `pause` returned), as though nothing had happened.

@@ -8,7 +8,9 @@ use std::time::Duration;
 use kvm_ioctls::VcpuFd;
 use vm_superio::SerialState;
 use vmferry_dirty::DirtyLog;
-use vmferry_engine::seam::{Activity, DeviceState, FreePageHinting, Guest, GuestError, RamBlock};
+use vmferry_engine::seam::{
+    Activity, DeviceState, FreePageHinting, Guest, GuestError, PauseError, RamBlock,
+};
 
 use crate::error::MachineError;
 use crate::machine::{Handover, Lifecycle, Machine, STANDSTILL_LIMIT, wrong_state};
@@ -24,6 +26,9 @@ use crate::state::serial::{self, SavedSerial};
 use crate::state::virtio;
 use crate::vcpu::GuestRequest;
 use crate::virtio::{BalloonPort, Disk, SavedTransport};
+
+/// Bytes of a description; that of the largest machine is a fraction of this.
+const LONGEST_DESCRIPTION: usize = 64 << 10;
 
 impl Guest for Machine {
     fn ram(&self) -> &[RamBlock] {
@@ -51,6 +56,13 @@ impl Guest for Machine {
                 kind.name
             )));
         }
+        // Known before a list in it takes many times its length here.
+        if source.data.len() > LONGEST_DESCRIPTION {
+            return Err(GuestError(format!(
+                "the source's description has {} bytes, {LONGEST_DESCRIPTION} are possible: it is not a vmferry machine",
+                source.data.len()
+            )));
+        }
         let source: Description = kind.decode(source)?;
         self.offers
             .accepts(&source, self.hypervisor.features.tsc_scaling)
@@ -62,7 +74,7 @@ impl Guest for Machine {
         settle(self.devices.disks()).map_err(GuestError::new)
     }
 
-    fn pause(&self) -> Result<Activity, GuestError> {
+    fn pause(&self, limit: Duration) -> Result<Activity, PauseError> {
         let mut lifecycle = self.lifecycle();
         let before = lifecycle.state;
         let (activity, hint) = match before {
@@ -74,19 +86,19 @@ impl Guest for Machine {
             RunState::Shutdown | RunState::InternalError => (Activity::Paused, "reset it first"),
         };
         if !hint.is_empty() {
-            return Err(GuestError::new(wrong_state(
-                "migrate the guest",
-                before,
-                hint,
-            )));
+            let error = wrong_state("migrate the guest", before, hint);
+            return Err(GuestError::new(error).into());
         }
         if activity == Activity::Running {
-            self.stop(&mut lifecycle, RunState::FinishMigrate)
-                .map_err(GuestError::new)?;
+            self.stop(&mut lifecycle, RunState::FinishMigrate, limit)
+                .map_err(|error| match error {
+                    MachineError::Busy(why) => PauseError::Busy(why),
+                    error => GuestError::new(error).into(),
+                })?;
             if let Some(GuestRequest::InternalError { vcpu, reason }) = self.gate.pending() {
                 let why = GuestError(format!("cannot migrate the guest: vCPU {vcpu}: {reason}"));
                 self.fail(&mut lifecycle, vcpu, reason);
-                return Err(why);
+                return Err(why.into());
             }
         }
         match self.read_clocks() {
@@ -101,7 +113,7 @@ impl Guest for Machine {
                     lifecycle.state = RunState::Paused;
                     self.run(&mut lifecycle).map_err(GuestError::new)?;
                 }
-                Err(GuestError::new(error))
+                Err(GuestError::new(error).into())
             }
         }
     }
@@ -307,6 +319,9 @@ impl Machine {
     /// hangs is left to the thread that waits for it.
     fn settle_disks(&self) -> Result<(), GuestError> {
         let disks = self.devices.disks().to_vec();
+        if disks.is_empty() {
+            return Ok(());
+        }
         let (over, result) = sync_channel(1);
         thread::Builder::new()
             .name("flush".into())

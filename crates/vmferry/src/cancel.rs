@@ -22,13 +22,18 @@ pub fn cancel(options: &cli::Cancel) -> anyhow::Result<()> {
     // A peer that hangs is noticed at the next write at the latest.
     let end = Instant::now() + Duration::from_secs(30);
     loop {
-        match vm.query_migrate()?.status {
+        let migration = vm.query_migrate()?;
+        match migration.status {
             Some(MigrationStatus::Cancelled) => {
                 let guest = vm.query_status()?.status;
                 return print(format!(
                     "Cancelled. The guest is {}.\n",
                     crate::report::run_state(guest)
                 ));
+            }
+            Some(MigrationStatus::Failed) => {
+                let why = migration.error_desc.unwrap_or_default();
+                bail!("the migration has failed: {why}");
             }
             Some(status) if is_over(status) => return Err(too_late(status)),
             _ if Instant::now() > end => bail!("the migration does not end; see vmferry status"),

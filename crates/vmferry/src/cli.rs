@@ -88,27 +88,37 @@ fn parse_serial(text: &str) -> Result<SerialConfig, String> {
     }
 }
 
-/// The options in a list with commas between. A comma in a value is written twice, as in QEMU.
-fn options(text: &str) -> Vec<String> {
+/// The options in a list with commas between: NAME=VALUE, each once. A comma in a value is written twice, as in QEMU.
+fn options(text: &str, usage: &str) -> Result<Vec<(String, String)>, String> {
     // No argument can have a NUL, which stands in for it.
     let escaped = text.replace(",,", "\0");
-    let options = escaped.split(',');
-    options.map(|option| option.replace('\0', ",")).collect()
+    let mut options: Vec<(String, String)> = Vec::new();
+    for option in escaped.split(',').map(|option| option.replace('\0', ",")) {
+        let (name, value) = match option.split_once('=') {
+            Some((name, value)) if !value.is_empty() => (name.to_owned(), value.to_owned()),
+            _ => return Err(format!("'{option}' is no option with a value: {usage}")),
+        };
+        if options.iter().any(|(known, _)| *known == name) {
+            return Err(format!("'{name}' is given twice: {usage}"));
+        }
+        options.push((name, value));
+    }
+    Ok(options)
 }
 
 fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     const USAGE: &str = "use path=FILE[,ro=on|off][,id=NAME][,direct=on|off]";
     let (mut path, mut id) = (None, None);
     let (mut access, mut caching) = (Access::ReadWrite, Caching::Cached);
-    for option in options(text) {
-        match option.split_once('=') {
-            Some(("path", value)) if !value.is_empty() => path = Some(value.into()),
-            Some(("id", value)) if !value.is_empty() => id = Some(value.to_owned()),
-            Some(("ro", "on")) => access = Access::ReadOnly,
-            Some(("ro", "off")) => access = Access::ReadWrite,
-            Some(("direct", "on")) => caching = Caching::Direct,
-            Some(("direct", "off")) => caching = Caching::Cached,
-            _ => return Err(format!("'{option}' is no option of a disk: {USAGE}")),
+    for (name, value) in options(text, USAGE)? {
+        match (&name[..], &value[..]) {
+            ("path", _) => path = Some(value.into()),
+            ("id", _) => id = Some(value),
+            ("ro", "on") => access = Access::ReadOnly,
+            ("ro", "off") => access = Access::ReadWrite,
+            ("direct", "on") => caching = Caching::Direct,
+            ("direct", "off") => caching = Caching::Cached,
+            _ => return Err(format!("'{name}={value}' is no option of a disk: {USAGE}")),
         }
     }
     Ok(DiskConfig {
@@ -124,19 +134,23 @@ fn parse_net(text: &str) -> Result<NetConfig, String> {
         "use tap=NAME or unix=PATH[,type=stream|dgram][,local=PATH], with [,mac=ADDRESS][,id=NAME]";
     let (mut tap, mut unix, mut local) = (None, None, None);
     let (mut datagrams, mut mac, mut id) = (None, None, None);
-    for option in options(text) {
-        match option.split_once('=') {
-            Some(("tap", value)) if !value.is_empty() => tap = Some(value.to_owned()),
-            Some(("unix", value)) if !value.is_empty() => unix = Some(PathBuf::from(value)),
-            Some(("local", value)) if !value.is_empty() => local = Some(PathBuf::from(value)),
-            Some(("type", "stream")) => datagrams = Some(false),
-            Some(("type", "dgram")) => datagrams = Some(true),
-            Some(("mac", value)) => {
+    for (name, value) in options(text, USAGE)? {
+        match (&name[..], &value[..]) {
+            ("tap", _) => tap = Some(value),
+            ("unix", _) => unix = Some(PathBuf::from(value)),
+            ("local", _) => local = Some(PathBuf::from(value)),
+            ("type", "stream") => datagrams = Some(false),
+            ("type", "dgram") => datagrams = Some(true),
+            ("mac", _) => {
                 let address: MacAddress = value.parse().map_err(|e| format!("{e}"))?;
                 mac = Some(address);
             }
-            Some(("id", value)) if !value.is_empty() => id = Some(value.to_owned()),
-            _ => return Err(format!("'{option}' is no option of a network: {USAGE}")),
+            ("id", _) => id = Some(value),
+            _ => {
+                return Err(format!(
+                    "'{name}={value}' is no option of a network: {USAGE}"
+                ));
+            }
         }
     }
     let backend = match (tap, unix, datagrams, local) {
@@ -151,22 +165,25 @@ fn parse_net(text: &str) -> Result<NetConfig, String> {
 }
 
 fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
+    const USAGE: &str =
+        "use deflate-on-oom=on|off, free-page-hint=on|off or free-page-reporting=on|off";
     let mut config = BalloonConfig::default();
-    for option in text.split(',').filter(|option| !option.is_empty()) {
-        let (name, value) = option.split_once('=').unwrap_or((option, ""));
-        let switch = match name {
+    if text.is_empty() {
+        return Ok(config);
+    }
+    for (name, value) in options(text, USAGE)? {
+        let switch = match &name[..] {
             "deflate-on-oom" => Some(&mut config.deflate_on_oom),
             "free-page-hint" => Some(&mut config.free_page_hint),
             "free-page-reporting" => Some(&mut config.free_page_reporting),
             _ => None,
         };
-        match (switch, value) {
+        match (switch, &value[..]) {
             (Some(switch), "on") => *switch = true,
             (Some(switch), "off") => *switch = false,
             _ => {
                 return Err(format!(
-                    "'{option}' is no option of a balloon: use deflate-on-oom=on|off, free-page-hint=on|off or \
-                     free-page-reporting=on|off"
+                    "'{name}={value}' is no option of a balloon: {USAGE}"
                 ));
             }
         }
@@ -423,6 +440,9 @@ mod tests {
             (&["run", "--disk", "ro=on"], "the path is missing"),
             (&["run", "--disk", "path=a,ro=maybe"], "'ro=maybe'"),
             (&["run", "--disk", "a.img"], "'a.img' is no option"),
+            (&["run", "--disk", "path=a,id="], "'id=' is no option"),
+            (&["run", "--disk", "path=a,path=b"], "'path' is given twice"),
+            (&["run", "--disk", "path=a,"], "'' is no option"),
             (&["run", "--net", "id=a"], "what to connect it to"),
             (&["run", "--net", "tap=a,type=dgram"], "no type"),
             (&["run", "--net", "unix=a,local=b"], "for type=dgram"),

@@ -1,11 +1,13 @@
 //! `vmferry demo`: a live migration to look at, with a guest that checks itself.
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use rustix::process::{Signal, set_parent_process_death_signal};
 use serde_json::json;
 use vmferry_control::QmpClient;
 use vmferry_control::schema::{MigrationInfo, SocketAddress};
@@ -39,7 +41,10 @@ pub fn demo(options: &cli::Demo) -> anyhow::Result<()> {
         format_size(plan.working_set),
         match options.rate {
             0 => "full speed".to_owned(),
-            rate => format!("{rate} pages a second ({})", format_bandwidth(rate * 4096)),
+            rate => format!(
+                "{rate} pages a second ({})",
+                format_bandwidth(rate.saturating_mul(4096))
+            ),
         },
         format_size(plan.cold),
     ));
@@ -84,7 +89,7 @@ struct Plan {
 
 impl Plan {
     fn new(options: &cli::Demo) -> anyhow::Result<Self> {
-        let needed = options.working_set + GUEST_OVERHEAD;
+        let needed = options.working_set.saturating_add(GUEST_OVERHEAD);
         ensure!(
             options.memory >= needed,
             "a guest of {} is too small for a working set of {}: give it --memory {} or more",
@@ -126,16 +131,19 @@ impl Vm {
         let socket = dir.join(format!("{name}.qmp"));
         let serial = dir.join(format!("{name}.serial"));
         let vmferry = std::env::current_exe().context("cannot find the vmferry program")?;
-        let mut child = Command::new(vmferry)
+        let mut command = Command::new(vmferry);
+        command
             .args(["run", "--name", name])
             .args(["--memory", &memory.to_string()])
             .args(["--qmp", &format!("unix:{}", socket.display())])
             .args(["--serial", &format!("file:{}", serial.display())])
             .args(args)
             .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("cannot start vmferry run")?;
+            .stderr(Stdio::piped());
+        let end_with_us = || Ok(set_parent_process_death_signal(Some(Signal::TERM))?);
+        // SAFETY: between fork and exec only a system call is made.
+        unsafe { command.pre_exec(end_with_us) };
+        let mut child = command.spawn().context("cannot start vmferry run")?;
         let end = Instant::now() + STEP;
         let qmp = loop {
             if child.try_wait()?.is_some() {

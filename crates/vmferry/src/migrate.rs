@@ -1,11 +1,12 @@
 //! `vmferry migrate`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use serde_json::{Value, json};
 use vmferry_control::schema::{MigrationInfo, MigrationStatus};
 use vmferry_control::{ClientError, QmpClient};
+use vmferry_engine::Uri;
 
 use crate::cli;
 use crate::output::print;
@@ -16,7 +17,8 @@ use crate::report;
 pub fn migrate(options: &cli::Migrate) -> anyhow::Result<()> {
     let mut vm = QmpClient::connect(&options.monitor.qmp, PATIENCE)?;
     set_parameters(&mut vm, options)?;
-    vm.execute("migrate", json!({"uri": options.uri.to_string()}))?;
+    let uri = seen_from_the_vm(&options.uri)?;
+    vm.execute("migrate", json!({"uri": uri.to_string()}))?;
     if options.detach {
         return report_detached(options);
     }
@@ -42,6 +44,18 @@ pub fn migrate(options: &cli::Migrate) -> anyhow::Result<()> {
         quit(&mut vm)?;
     }
     printed
+}
+
+/// The same address for a process with another working directory.
+fn seen_from_the_vm(uri: &Uri) -> anyhow::Result<Uri> {
+    let absolute = |path: &PathBuf| {
+        std::path::absolute(path).with_context(|| format!("cannot tell where {uri} is"))
+    };
+    Ok(match uri {
+        Uri::File(path) => Uri::File(absolute(path)?),
+        Uri::Unix(path) => Uri::Unix(absolute(path)?),
+        uri => uri.clone(),
+    })
 }
 
 /// Lets a VM end. Its connection closing before the answer is its way of having done so.

@@ -32,28 +32,28 @@ pub struct AnnounceSelf {
 /// A number in a range that begins with 0, with QEMU's answer to all others.
 fn up_to<'de, D: Deserializer<'de>>(
     deserializer: D,
-    (name, most, unit): (&str, u64, &str),
+    (name, most): (&str, u64),
 ) -> Result<u64, D::Error> {
     match u64::deserialize(deserializer)? {
         value if value <= most => Ok(value),
         _ => Err(D::Error::custom(format!(
-            "Parameter 'announce_{name}' expects a value between 0 and {most}{unit}"
+            "Parameter 'announce_{name}' expects a value between 0 and {most}"
         ))),
     }
 }
 
 pub(super) fn initial<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    up_to(deserializer, ("initial", 100_000, " ms"))
+    up_to(deserializer, ("initial", 100_000))
 }
 
 pub(super) fn max<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    up_to(deserializer, ("max", 100_000, " ms"))
+    up_to(deserializer, ("max", 100_000))
 }
 
 pub(super) fn rounds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    up_to(deserializer, ("rounds", 1000, ""))
+    up_to(deserializer, ("rounds", 1000))
 }
 
 pub(super) fn step<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    up_to(deserializer, ("step", 10_000, " ms"))
+    up_to(deserializer, ("step", 10_000))
 }

@@ -170,7 +170,7 @@ fn parameters_are_set_and_read() {
         ),
         (
             json!({"announce-step": 10_001}),
-            "Parameter 'announce_step' expects a value between 0 and 10000 ms",
+            "Parameter 'announce_step' expects a value between 0 and 10000",
         ),
         (
             json!({"x-vmferry-peer-timeout": 0}),

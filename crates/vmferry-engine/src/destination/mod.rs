@@ -155,7 +155,7 @@ fn serve(guest: &dyn Guest, listener: Listener, shared: &Shared) -> Result<(), M
         Ok(()) => shared.enter(Status::Completed),
         Err(MigrationError::Cancelled) => shared.enter(Status::Cancelled),
         Err(error) => {
-            tracing::error!(uri = %listener.uri(), "incoming migration failed: {error}");
+            tracing::warn!(uri = %listener.uri(), "incoming migration failed: {error}");
             shared.update(|info| info.error = Some(error.to_string()));
             shared.enter(Status::Failed);
         }

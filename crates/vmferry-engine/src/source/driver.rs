@@ -12,7 +12,7 @@ use super::shared::Shared;
 use super::writer::{Flushed, StreamWriter};
 use crate::error::MigrationError;
 use crate::hints::{Questions, Tracked};
-use crate::seam::{Activity, Guest, GuestLog};
+use crate::seam::{Activity, Guest, GuestError, GuestLog, PauseError};
 use crate::status::Status;
 use crate::transport::{Channel, ChannelKind, Outgoing, TransportError, Uri};
 
@@ -157,7 +157,7 @@ impl<'a> Driver<'a> {
         tracked.during(|tracker| {
             self.open_ram()?;
             self.precopy(tracker, self.questions(&tracked))?;
-            self.pause()?;
+            self.pause(tracker)?;
             self.wait_before_switchover()?;
             self.send_the_rest(tracker)?;
             self.hand_over()
@@ -216,12 +216,35 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    /// Stops the guest for the switch-over.
-    fn pause(&mut self) -> Result<(), MigrationError> {
-        let since = Instant::now();
-        let was = self.guest.pause()?;
-        self.hold = Hold::Paused { was, since };
-        Ok(())
+    /// Stops the guest for the switch-over. One that does not come to a stand within the downtime limit goes on, and so does
+    /// pre-copy, before the next attempt.
+    fn pause(&mut self, tracker: &DirtyTracker) -> Result<(), MigrationError> {
+        const ATTEMPTS: u32 = 5;
+        /// A busy host may take so long to stop vCPUs that wait for nothing.
+        const SHORTEST_LIMIT: Duration = Duration::from_millis(100);
+        let mut attempt = 1;
+        loop {
+            let since = Instant::now();
+            let limit = self.shared.parameters().downtime_limit.max(SHORTEST_LIMIT);
+            match self.guest.pause(limit) {
+                Ok(was) => {
+                    self.hold = Hold::Paused { was, since };
+                    return Ok(());
+                }
+                Err(PauseError::Busy(why)) if attempt < ATTEMPTS => {
+                    tracing::warn!(attempt, why, "the guest does not stand still yet");
+                }
+                Err(PauseError::Busy(why)) => {
+                    return Err(GuestError(format!(
+                        "{why} ({ATTEMPTS} attempts). A higher downtime-limit gives it more time"
+                    ))
+                    .into());
+                }
+                Err(PauseError::Guest(error)) => return Err(error.into()),
+            }
+            attempt += 1;
+            self.precopy(tracker, None)?;
+        }
     }
 
     fn wait_before_switchover(&mut self) -> Result<(), MigrationError> {

@@ -67,8 +67,9 @@ impl Source {
         self.shared.set_parameters(parameters);
     }
 
-    /// Cancels. The guest goes on (or stays paused, if it was); the end is seen as
-    /// [`Status::Cancelled`].
+    /// Cancels. The guest goes on (or stays paused, if it was); the end is seen as [`Status::Cancelled`]. It is seen as
+    /// [`Status::Failed`] if the guest cannot go on, or if a command has all of it: [`MigrationError::NotResumed`] and
+    /// [`MigrationError::Undecided`] tell its user what to do.
     ///
     /// # Errors
     ///

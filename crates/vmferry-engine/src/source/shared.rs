@@ -153,9 +153,9 @@ impl Shared {
     ) -> Result<(), MigrationError> {
         let control = lock(&self.control);
         let result = match control.ownership {
-            // Whatever broke, broke because the user cancelled. But who has the guest is not decided by that.
+            // Whatever broke, broke because the user cancelled. But the user has to know of a guest that does not go on.
             Ownership::Cancelled => result.map_err(|error| match error {
-                MigrationError::Undecided { .. } => error,
+                MigrationError::Undecided { .. } | MigrationError::NotResumed { .. } => error,
                 _ => MigrationError::Cancelled,
             }),
             Ownership::Ours | Ownership::GivenAway => result,

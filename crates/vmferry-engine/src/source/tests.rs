@@ -22,7 +22,7 @@ use crate::error::MigrationError;
 use crate::info::Observer;
 use crate::params::Parameters;
 use crate::ram::RamBlock;
-use crate::seam::{Activity, DeviceState, Guest, GuestError};
+use crate::seam::{Activity, DeviceState, Guest, GuestError, PauseError};
 use crate::status::Status;
 use crate::transport::Channel;
 
@@ -71,7 +71,7 @@ impl Guest for Memory {
         unreachable!("a slice is only about RAM")
     }
 
-    fn pause(&self) -> Result<Activity, GuestError> {
+    fn pause(&self, _: Duration) -> Result<Activity, PauseError> {
         unreachable!("a slice is only about RAM")
     }
 

@@ -16,7 +16,7 @@ pub use uri::{Uri, UriError};
 
 /// A transport that could not be opened, used or closed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {action} {uri}: {source}{}", advice(source))]
+#[error("cannot {action} {uri}: {source}{}", advice(uri, source))]
 pub struct TransportError {
     /// What was attempted, as a verb phrase ("connect to").
     pub action: &'static str,
@@ -27,11 +27,19 @@ pub struct TransportError {
 }
 
 /// What the user can do about an error, where the error's own words do not say it.
-fn advice(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused => "; is the destination started with --incoming there?",
-        io::ErrorKind::AddrInUse => "; choose another port, or port 0 to let the system choose",
-        io::ErrorKind::StorageFull => "; free some space and migrate again",
+fn advice(uri: &Uri, error: &io::Error) -> &'static str {
+    match (error.kind(), uri) {
+        (io::ErrorKind::ConnectionRefused, _) => {
+            "; is the destination started with --incoming there?"
+        }
+        // Whether somebody listens is not tried: a destination takes the first connection for its source's.
+        (io::ErrorKind::AddrInUse, Uri::Unix(_)) => {
+            "; remove it if it was left behind by one that is gone"
+        }
+        (io::ErrorKind::AddrInUse, _) => {
+            "; choose another port, or port 0 to let the system choose"
+        }
+        (io::ErrorKind::StorageFull, _) => "; free some space and migrate again",
         _ => "",
     }
 }

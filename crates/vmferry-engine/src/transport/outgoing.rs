@@ -3,10 +3,12 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use tempfile::NamedTempFile;
 
 use super::channel::{Channel, cancelled};
@@ -34,10 +36,11 @@ enum Finish {
 pub(super) struct RunningCommand(Child);
 
 impl RunningCommand {
-    /// Starts `command` in a shell.
+    /// Starts `command` in a shell. All of its processes are ended with it, so they have a group of their own.
     pub(super) fn start(command: &str, stdin: Stdio, stdout: Stdio) -> io::Result<Self> {
         let mut shell = Command::new("/bin/sh");
         shell.arg("-c").arg(command).stdin(stdin).stdout(stdout);
+        shell.process_group(0);
         Ok(RunningCommand(shell.spawn()?))
     }
 
@@ -69,8 +72,12 @@ impl RunningCommand {
 
 impl Drop for RunningCommand {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        if matches!(self.0.try_wait(), Ok(None)) {
+            let group = Pid::from_child(&self.0);
+            // It fails if all of them are ending.
+            let _ = kill_process_group(group, Signal::KILL);
+            let _ = self.0.wait();
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use vmferry_dirty::{BlockIndex, DirtyLog, LogError, PageRange};
 use vmferry_engine::dirty_rate::{DirtyRateError, Method, Progress, Rate};
-use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError};
+use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError, PauseError};
 use vmferry_engine::{DirtyRate, RamBlock};
 
 use crate::common::{ArmingLog, move_on, parameters, running_guest, wait_until};
@@ -40,7 +40,7 @@ impl<L: DirtyLog> Guest for WithLog<L> {
         unreachable!("it is only measured")
     }
 
-    fn pause(&self) -> Result<Activity, GuestError> {
+    fn pause(&self, _: Duration) -> Result<Activity, PauseError> {
         unreachable!("it is only measured")
     }
 

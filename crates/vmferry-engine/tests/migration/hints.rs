@@ -9,7 +9,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 use vmferry_dirty::{BlockIndex, DirtyLog, Discipline, LogError, PAGE_SIZE, PageRange};
 use vmferry_engine::seam::{
-    Activity, DeviceState, FreePageHinting, FreePageHints, Guest, GuestError,
+    Activity, DeviceState, FreePageHinting, FreePageHints, Guest, GuestError, PauseError,
 };
 use vmferry_engine::{ArmingChunk, Destination, Parameters, RamBlock, Source};
 
@@ -244,7 +244,7 @@ impl Guest for Spender {
         Ok(())
     }
 
-    fn pause(&self) -> Result<Activity, GuestError> {
+    fn pause(&self, _limit: Duration) -> Result<Activity, PauseError> {
         Ok(std::mem::replace(&mut *self.activity(), Activity::Paused))
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use vm_memory::mmap::MmapRegion;
 use vmferry_dirty::{DirtyLog, PAGE_SIZE};
-use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError};
+use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError, PauseError};
 use vmferry_engine::{Destination, RamBlock};
 
 use crate::common::{any_port, move_on, parameters, running_guest, send};
@@ -64,8 +64,8 @@ impl Guest for Odd {
         refuse(self.description)
     }
 
-    fn pause(&self) -> Result<Activity, GuestError> {
-        self.toy.pause()
+    fn pause(&self, limit: Duration) -> Result<Activity, PauseError> {
+        self.toy.pause(limit)
     }
 
     fn resume(&self, was: Activity) -> Result<(), GuestError> {

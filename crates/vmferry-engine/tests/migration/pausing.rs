@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use vmferry_dirty::DirtyLog;
-use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError};
+use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError, PauseError};
 use vmferry_engine::{MigrationError, RamBlock, Source};
 
 use crate::common::{Watched, any_port, listen, move_on, parameters, running_guest, wait_until};
@@ -17,6 +17,8 @@ struct WithDisks {
     /// How long it takes to flush them.
     flush: Duration,
     flushes: AtomicU32,
+    /// So many attempts to pause it take too long.
+    busy: AtomicU32,
     /// What it fails with.
     flush_error: Option<&'static str>,
     pause_error: Option<&'static str>,
@@ -30,6 +32,7 @@ impl WithDisks {
             guest: running_guest(),
             flush: Duration::ZERO,
             flushes: AtomicU32::new(0),
+            busy: AtomicU32::new(0),
             flush_error: None,
             pause_error: None,
             save_error: None,
@@ -66,10 +69,15 @@ impl Guest for WithDisks {
         fail_with(self.flush_error)
     }
 
-    fn pause(&self) -> Result<Activity, GuestError> {
+    fn pause(&self, limit: Duration) -> Result<Activity, PauseError> {
         assert_ne!(self.flushes.load(Ordering::Relaxed), 0);
         fail_with(self.pause_error)?;
-        self.guest.pause()
+        if self.busy.load(Ordering::Relaxed) > 0 {
+            self.busy.fetch_sub(1, Ordering::Relaxed);
+            std::thread::sleep(limit);
+            return Err(PauseError::Busy("requests in flight: 'root': 3".into()));
+        }
+        self.guest.pause(limit)
     }
 
     fn resume(&self, was: Activity) -> Result<(), GuestError> {
@@ -151,6 +159,33 @@ fn a_preparation_that_hangs_can_be_cancelled() {
     assert!(incoming.wait().is_err());
     here.guest.run_some();
     move_on(&here.guest, parameters()).stop_and_verify();
+}
+
+/// Its disks have requests in flight, longer than the guest may stand still.
+#[test]
+fn a_guest_that_does_not_stand_still_in_time_is_tried_again() {
+    let here = Arc::new(WithDisks {
+        busy: AtomicU32::new(3),
+        ..WithDisks::new()
+    });
+    let (there, outgoing) = migrate(&here);
+    let info = outgoing.info();
+    outgoing.wait().unwrap();
+    there.stop_and_verify();
+    // What it did in the meantime was sent before it was tried again.
+    assert!(info.ram.dirty_sync_count >= 3 + 3, "{info:?}");
+
+    let here = Arc::new(WithDisks {
+        busy: AtomicU32::new(u32::MAX),
+        ..WithDisks::new()
+    });
+    let (there, outgoing) = migrate(&here);
+    let error = outgoing.wait().unwrap_err().to_string();
+    for part in ["in flight: 'root': 3", "5 attempts", "downtime-limit"] {
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(!there.is_running());
+    here.guest.run_some();
 }
 
 #[test]

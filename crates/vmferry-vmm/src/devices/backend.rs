@@ -28,6 +28,7 @@ const LAST_OUTPUT: Duration = Duration::from_millis(500);
 
 /// Called when the user of the back end presses the keys that mean "quit".
 pub(crate) type BackendEvents = Box<dyn Fn() + Send>;
+
 /// Where input goes.
 pub(crate) trait Input: Send {
     /// Bytes that could be added now.
@@ -104,7 +105,7 @@ enum Target {
     Stdio {
         keys: EscapeFilter,
         // Restores the terminal when dropped.
-        _terminal: Option<RawTerminal>,
+        terminal: Option<RawTerminal>,
     },
     File(File),
     Unix {
@@ -121,7 +122,7 @@ impl Target {
         Ok(match config {
             SerialConfig::Stdio => Target::Stdio {
                 keys: EscapeFilter::default(),
-                _terminal: RawTerminal::enter()
+                terminal: RawTerminal::enter()
                     .map_err(failed("put the terminal into raw mode".into()))?,
             },
             SerialConfig::File(path) => {
@@ -139,6 +140,17 @@ impl Target {
             }
             SerialConfig::Null => Target::Null,
         })
+    }
+
+    /// Whether somebody types.
+    fn is_terminal(&self) -> bool {
+        matches!(
+            self,
+            Target::Stdio {
+                terminal: Some(_),
+                ..
+            }
+        )
     }
 
     fn input_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -177,7 +189,8 @@ impl Target {
 
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         match self {
-            Target::Stdio { .. } => io::stdin().lock().read(room),
+            // Not by way of the standard library's buffer: what is in there is not seen by poll.
+            Target::Stdio { .. } => Ok(rustix::io::read(borrow_stdin(), room)?),
             Target::Unix {
                 client: Some(client),
                 ..
@@ -288,7 +301,7 @@ struct Worker {
     outbox: Arc<Outbox>,
     input: Box<dyn Input>,
     events: BackendEvents,
-    /// Input for which there was room, but is not any more.
+    /// Input that has been read and not taken: what was typed ahead, or for which there is no room any more.
     unread: VecDeque<u8>,
     input_ended: bool,
 }
@@ -314,19 +327,16 @@ impl Worker {
             if ready.output || self.target.output_fd().is_none() {
                 self.move_output();
             }
-            if ready.input {
-                self.take_input();
-            }
-            self.give_input();
+            self.move_input(ready.input);
         }
     }
 
     fn wait(&self, deadline: Option<Instant>) -> Ready {
-        // What cannot be given to the guest now stays outside: a guest that leaves has not lost it.
-        let wants_input = *self.outbox.accepts_input()
-            && self.unread.is_empty()
-            && self.input.room() > 0
-            && !self.input_ended;
+        // What cannot be given to the guest now stays outside: a guest that leaves has not lost it. But a terminal's user may
+        // quit whatever the guest does.
+        let wants_input = !self.input_ended
+            && (self.target.is_terminal()
+                || *self.outbox.accepts_input() && self.unread.is_empty() && self.input.room() > 0);
         let wants_output = !self.outbox.bytes().is_empty();
         let listener = match &self.target {
             Target::Unix {
@@ -398,11 +408,30 @@ impl Worker {
         self.outbox.bytes().drain(..done);
     }
 
-    fn take_input(&mut self) {
+    fn move_input(&mut self, ready: bool) {
+        let outbox = self.outbox.clone();
+        let accepts = outbox.accepts_input();
+        let quit = ready && (*accepts || self.target.is_terminal()) && self.take_input();
+        if *accepts && !self.unread.is_empty() {
+            let taken = self.input.add(self.unread.make_contiguous());
+            self.unread.drain(..taken);
+        }
+        // Whoever hears of it may stop the guest, and input.
+        drop(accepts);
+        if quit {
+            (self.events)();
+        }
+    }
+
+    /// Reads as much as the guest can take now, or all that a terminal has. Whether there were the keys that mean "quit".
+    fn take_input(&mut self) -> bool {
         let mut room = [0; CHUNK];
-        let len = self.input.room().min(CHUNK);
+        let len = match self.target.is_terminal() {
+            true => CHUNK,
+            false => self.input.room().min(CHUNK),
+        };
         if len == 0 {
-            return;
+            return false;
         }
         match self.target.read(&mut room[..len]) {
             Ok(0) => match &mut self.target {
@@ -411,9 +440,10 @@ impl Worker {
             },
             Ok(len) => match &mut self.target {
                 Target::Stdio { keys, .. } => {
-                    if keys.filter(&room[..len], &mut self.unread) {
-                        (self.events)();
-                    }
+                    let quit = keys.filter(&room[..len], &mut self.unread);
+                    // Beyond what a terminal's own line holds, what is typed ahead is lost.
+                    self.unread.truncate(CHUNK);
+                    return quit;
                 }
                 _ => self.unread.extend(&room[..len]),
             },
@@ -424,14 +454,7 @@ impl Worker {
                 self.input_ended = !matches!(self.target, Target::Unix { .. });
             }
         }
-    }
-
-    fn give_input(&mut self) {
-        let accepts = self.outbox.accepts_input();
-        if *accepts && !self.unread.is_empty() {
-            let taken = self.input.add(self.unread.make_contiguous());
-            self.unread.drain(..taken);
-        }
+        false
     }
 }
 

@@ -15,9 +15,8 @@ use crate::state::cpu;
 use crate::state::machine::Description;
 use crate::vcpu::{GuestRequest, Wanted};
 
-/// How long a guest that is to stop, for its user or for a migration, may wait for its disks: requests that the host has
-/// begun have to be complete. What takes longer is no delay but a failure, and a migration's guest is better off where it
-/// was.
+/// How long a guest that is to stop for its user may wait for its disks: requests that the host has begun have to be
+/// complete. What takes longer is no delay but a failure. (How long it may wait for a migration, that says.)
 pub(crate) const STANDSTILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Who decides about the guest's next start, beside the user.
@@ -73,7 +72,9 @@ impl Machine {
     pub fn pause(&self) -> Result<(), MachineError> {
         let mut lifecycle = self.lifecycle();
         let hint = match lifecycle.state {
-            RunState::Running => return self.stop(&mut lifecycle, RunState::Paused),
+            RunState::Running => {
+                return self.stop(&mut lifecycle, RunState::Paused, STANDSTILL_LIMIT);
+            }
             RunState::FinishMigrate => {
                 "a migration has stopped it already; wait for its end, or cancel it"
             }
@@ -98,7 +99,7 @@ impl Machine {
             }
             RunState::Running => {
                 let images = self.images()?;
-                self.try_to_hold()?;
+                self.try_to_hold(STANDSTILL_LIMIT)?;
                 self.switch_on_or_fail(&mut lifecycle, images)?;
                 self.go();
             }
@@ -177,13 +178,14 @@ impl Machine {
     }
 
     /// Stops running vCPUs and devices. Instructions and requests are complete then, and nothing writes to guest memory.
-    /// If that takes longer than [`STANDSTILL_LIMIT`], everything goes on instead.
+    /// If that takes longer than `limit`, everything goes on instead.
     pub(crate) fn stop(
         &self,
         lifecycle: &mut Lifecycle,
         state: RunState,
+        limit: Duration,
     ) -> Result<(), MachineError> {
-        self.try_to_hold()?;
+        self.try_to_hold(limit)?;
         lifecycle.state = state;
         self.emit(MachineEvent::Stop);
         Ok(())
@@ -202,10 +204,10 @@ impl Machine {
         self.devices.wait_until_held();
     }
 
-    /// Brings everything to a stand within [`STANDSTILL_LIMIT`], or lets it go on.
-    fn try_to_hold(&self) -> Result<(), MachineError> {
+    /// Brings everything to a stand within `limit`, or lets it go on.
+    fn try_to_hold(&self, limit: Duration) -> Result<(), MachineError> {
         self.ask_to_hold();
-        let end = Instant::now() + STANDSTILL_LIMIT;
+        let end = Instant::now() + limit;
         // A vCPU may wait for a device.
         if self.gate.held_by(end) && self.devices.held_by(end) {
             return Ok(());
@@ -213,7 +215,7 @@ impl Machine {
         let busy = self.devices.busy();
         self.go();
         Err(MachineError::Busy(format!(
-            "cannot stop the guest: it does not come to a stand within {STANDSTILL_LIMIT:?}; requests in flight: {}. \
+            "cannot stop the guest: it does not come to a stand within {limit:?}; requests in flight: {}. \
              It goes on. Look at the host's storage",
             if busy.is_empty() { "none" } else { &busy }
         )))
@@ -285,8 +287,11 @@ impl Machine {
             // Stopped meanwhile; the request stands until the guest goes on.
             return true;
         }
-        if let Err(error) = self.try_to_hold() {
-            tracing::warn!(%error, "the guest waits to be reset or powered off");
+        if self.try_to_hold(STANDSTILL_LIMIT).is_err() {
+            tracing::warn!(
+                in_flight = self.devices.busy(),
+                "what the guest has asked for waits for its disks"
+            );
             return false;
         }
         match self.gate.pending() {
@@ -321,8 +326,12 @@ impl Machine {
 
     /// Gives up a guest that cannot go on.
     pub(crate) fn fail(&self, lifecycle: &mut Lifecycle, vcpu: u32, reason: String) {
+        // One that is stopped already has told of that.
+        if lifecycle.state == RunState::Running {
+            self.emit(MachineEvent::Stop);
+        }
         lifecycle.state = RunState::InternalError;
-        tracing::error!(vcpu, reason, "the guest cannot go on");
+        tracing::warn!(vcpu, reason, "the guest cannot go on");
         self.emit(MachineEvent::InternalError { vcpu, reason });
     }
 }

@@ -35,6 +35,8 @@ pub struct DiskInfo {
     pub io: DiskIo,
     /// Its size.
     pub bytes: u64,
+    /// Whether this machine holds its lock: no other may use it.
+    pub locked: bool,
 }
 
 /// A balloon, for its user.
@@ -67,6 +69,7 @@ impl Machine {
             caching: disk.caching(),
             io,
             bytes: disk.bytes(),
+            locked: disk.is_locked(),
         };
         self.devices.disks_and_io().map(info).collect()
     }

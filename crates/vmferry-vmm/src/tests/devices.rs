@@ -229,7 +229,7 @@ fn devices_share_interrupts() {
 
 /// Takes a running guest as far as the destination's LOADED.
 fn load_into(source: &Machine, destination: &Machine) {
-    assert_eq!(Guest::pause(source).unwrap(), Activity::Running);
+    assert_eq!(Guest::pause(source, PATIENCE).unwrap(), Activity::Running);
     let state = source.save_devices().unwrap();
     copy_ram(source, destination);
     destination.load_devices(&state).unwrap();
@@ -256,7 +256,7 @@ fn a_failed_hand_over_takes_the_disk_back() {
     assert!(destination.resume().is_err());
     // A guest that was paused keeps its disk, too.
     source.pause().unwrap();
-    assert_eq!(Guest::pause(&*source).unwrap(), Activity::Paused);
+    assert_eq!(Guest::pause(&*source, PATIENCE).unwrap(), Activity::Paused);
     source.save_devices().unwrap();
     Guest::resume(&*source, Activity::Paused).unwrap();
     assert_eq!(source.run_state(), RunState::Paused);
@@ -271,7 +271,7 @@ fn a_paused_guest_takes_its_disk_along() {
     let disks = Disks::new();
     let (source, destination) = (disks.source(), disks.destination());
     source.pause().unwrap();
-    assert_eq!(Guest::pause(&*source).unwrap(), Activity::Paused);
+    assert_eq!(Guest::pause(&*source, PATIENCE).unwrap(), Activity::Paused);
     let state = source.save_devices().unwrap();
     copy_ram(&source, &destination);
     destination.load_devices(&state).unwrap();
@@ -279,7 +279,7 @@ fn a_paused_guest_takes_its_disk_along() {
     source.set_post_migrate().unwrap();
     assert!(!disks.is_free(), "somebody else could write to it");
     // What has left does not leave once more.
-    let error = Guest::pause(&*source).unwrap_err().to_string();
+    let error = Guest::pause(&*source, PATIENCE).unwrap_err().to_string();
     assert!(error.contains("it has left already"), "{error}");
     assert!(source.resume().is_err());
     destination.resume().unwrap();
@@ -312,7 +312,7 @@ fn a_disk_that_a_third_has_taken_stops_both() {
     }
     let disks = Disks::new();
     let (source, destination) = (disks.source(), disks.destination());
-    Guest::pause(&*source).unwrap();
+    Guest::pause(&*source, PATIENCE).unwrap();
     let state = source.save_devices().unwrap();
     copy_ram(&source, &destination);
     let (third, _) = machine(disks.with(config(1, &disks.dir.path().join("third"))));
@@ -337,7 +337,7 @@ fn a_destination_without_the_disk_is_refused() {
     let error = error.unwrap_err().to_string();
     assert!(error.contains("--disk path=IMAGE,id=root"), "{error}");
     let state = {
-        Guest::pause(&*source).unwrap();
+        Guest::pause(&*source, PATIENCE).unwrap();
         source.save_devices().unwrap()
     };
     let error = destination.load_devices(&state).unwrap_err().to_string();

@@ -107,7 +107,7 @@ fn everything_is_reported(choice: DirtyLogChoice) {
         copied.push(copy_written(&source, &destination));
         thread::sleep(Duration::from_millis(20));
     }
-    assert_eq!(Guest::pause(&*source).unwrap(), Activity::Running);
+    assert_eq!(Guest::pause(&*source, PATIENCE).unwrap(), Activity::Running);
     copied.push(copy_written(&source, &destination));
     let lost = different(&source, &destination);
     let some = &lost[..lost.len().min(10)];

@@ -151,21 +151,27 @@ fn the_user_and_a_migration_do_not_race() {
     }
     let dir = tempfile::tempdir().unwrap();
     let (machine, events) = machine(config(2, &dir.path().join("serial")));
-    assert_eq!(Guest::pause(&*machine).unwrap(), Activity::Paused);
-    assert!(Guest::pause(&*machine).is_err());
+    assert_eq!(Guest::pause(&*machine, PATIENCE).unwrap(), Activity::Paused);
+    assert!(Guest::pause(&*machine, PATIENCE).is_err());
     Guest::resume(&*machine, Activity::Paused).unwrap();
     assert_eq!(machine.run_state(), RunState::Prelaunch);
 
     machine.resume().unwrap();
     wait_for_progress(&machine);
-    assert_eq!(Guest::pause(&*machine).unwrap(), Activity::Running);
+    assert_eq!(
+        Guest::pause(&*machine, PATIENCE).unwrap(),
+        Activity::Running
+    );
     assert_eq!(machine.run_state(), RunState::FinishMigrate);
     for refused in [machine.resume(), machine.pause(), machine.reset()] {
         assert!(refused.unwrap_err().to_string().contains("finish-migrate"));
     }
     Guest::resume(&*machine, Activity::Running).unwrap();
     wait_for_progress(&machine);
-    assert_eq!(Guest::pause(&*machine).unwrap(), Activity::Running);
+    assert_eq!(
+        Guest::pause(&*machine, PATIENCE).unwrap(),
+        Activity::Running
+    );
     machine.set_post_migrate().unwrap();
     assert_eq!(machine.run_state(), RunState::PostMigrate);
     assert!(Guest::resume(&*machine, Activity::Running).is_err());

@@ -56,7 +56,7 @@ pub(super) fn migrate(source: &Machine, destination: &Machine) -> Timings {
         .check_description(&source.describe().unwrap())
         .unwrap();
     let stopped = Instant::now();
-    assert_eq!(Guest::pause(source).unwrap(), Activity::Running);
+    assert_eq!(Guest::pause(source, PATIENCE).unwrap(), Activity::Running);
     let pause = stopped.elapsed();
     let at = Instant::now();
     let state = source.save_devices().unwrap();
@@ -143,7 +143,7 @@ fn the_clocks_jump_by_the_downtime_and_no_more() {
     wait_for_progress(&source);
 
     let before_last_reading = reads_again(&source);
-    Guest::pause(&*source).unwrap();
+    Guest::pause(&*source, PATIENCE).unwrap();
     let paused = Instant::now();
     let last_tsc = u64_at(&source, guest::TSC);
     let last_clock = kvmclock(&source, last_tsc);
@@ -157,7 +157,7 @@ fn the_clocks_jump_by_the_downtime_and_no_more() {
         .unwrap();
     wait_for_progress(&destination);
     let before_next_reading = reads_again(&destination);
-    Guest::pause(&*destination).unwrap();
+    Guest::pause(&*destination, PATIENCE).unwrap();
     let at_most = before_last_reading.elapsed();
     let at_least = before_next_reading - paused;
     let tsc = u64_at(&destination, guest::TSC);
@@ -192,7 +192,7 @@ fn a_reset_that_is_under_way_moves_along() {
     let (destination, events) = machine(incoming(1, &dir.path().join("there")));
     source.resume().unwrap();
     wait_for_progress(&source);
-    Guest::pause(&*source).unwrap();
+    Guest::pause(&*source, PATIENCE).unwrap();
     source
         .gate
         .set_pending(Some(crate::vcpu::GuestRequest::Reset));
@@ -212,7 +212,7 @@ fn saved(cpus: u32, dir: &Path) -> (Arc<Machine>, Vec<DeviceState>) {
     let (source, _) = machine(config(cpus, &dir.join("here")));
     source.resume().unwrap();
     wait_for_progress(&source);
-    Guest::pause(&*source).unwrap();
+    Guest::pause(&*source, PATIENCE).unwrap();
     let state = source.save_devices().unwrap();
     (source, state)
 }

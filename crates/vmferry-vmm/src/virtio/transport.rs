@@ -112,6 +112,8 @@ pub(crate) struct Transport {
     health: Health,
     latches: Latches,
     queues: Vec<Queue>,
+    /// Whether it has been told that a queue was broken.
+    reported: bool,
 }
 
 /// A transport and its device in the stream.
@@ -150,6 +152,7 @@ impl Transport {
             health: Health::Good,
             latches: Latches::default(),
             queues,
+            reported: false,
         }
     }
 
@@ -354,10 +357,12 @@ impl Transport {
 
     fn break_down(&mut self, why: &Broken, interrupt: &Interrupt) {
         let device = self.kind().name();
-        tracing::warn!(
-            device,
-            "a virtio device stops until its driver resets it: {why}"
-        );
+        let words = "a virtio device stops until its driver resets it";
+        // A guest that goes on like that must not fill the host's log.
+        match std::mem::replace(&mut self.reported, true) {
+            false => tracing::error!(device, "{words}: {why}"),
+            true => tracing::debug!(device, "{words}: {why}"),
+        }
         self.health = Health::Broken;
         self.device.abandon(&self.memory);
         if self.stage == Stage::Running {

@@ -45,8 +45,14 @@ pub fn run(options: cli::Run) -> anyhow::Result<()> {
     if options.kernel.is_none() && options.incoming.is_none() {
         bail!("nothing to run: give --kernel PATH, --kernel guest:NAME, or --incoming URI");
     }
+    let waits_for_the_monitor = options.paused || matches!(options.incoming, Some(Incoming::Defer));
+    if waits_for_the_monitor && options.qmp.is_none() {
+        bail!("nobody could start the guest: --paused and --incoming defer need --qmp");
+    }
     let events = EventBus::new();
     let (exit, exits) = channel();
+    // Before there is anything that an end would leave behind.
+    end_on_signals(exit.clone())?;
     let on_event = on_event(
         events.clone(),
         exit.clone(),
@@ -59,13 +65,12 @@ pub fn run(options: cli::Run) -> anyhow::Result<()> {
         machine.clone(),
         migrations.clone(),
         name,
-        exit.clone(),
+        exit,
     ));
     let server = match &options.qmp {
         Some(path) => Some(QmpServer::bind(path, monitor, events.clone())?),
         None => None,
     };
-    end_on_signals(exit)?;
     match &options.incoming {
         Some(Incoming::Uri(uri)) => {
             let uri = migrations.receive(uri, migrations::OnFailure::Exit)?;

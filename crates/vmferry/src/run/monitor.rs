@@ -74,10 +74,7 @@ impl Handler for Monitor {
     }
 
     fn query_block(&self) -> Result<Vec<BlockInfo>, QmpError> {
-        use vmferry_vmm::RunState::{InMigrate, PostMigrate};
-        let active = !matches!(self.machine.run_state(), InMigrate | PostMigrate);
-        let disks = self.machine.disks();
-        Ok(disks.iter().map(|disk| block_info(disk, active)).collect())
+        Ok(self.machine.disks().iter().map(block_info).collect())
     }
 
     fn announce_self(&self, arguments: AnnounceSelf) -> Result<(), QmpError> {
@@ -252,7 +249,7 @@ fn no_balloon() -> QmpError {
     )
 }
 
-fn block_info(disk: &DiskInfo, active: bool) -> BlockInfo {
+fn block_info(disk: &DiskInfo) -> BlockInfo {
     let path = disk.path.display().to_string();
     let format = "raw".to_owned();
     BlockInfo {
@@ -285,7 +282,7 @@ fn block_info(disk: &DiskInfo, active: bool) -> BlockInfo {
                 no_flush: false,
             },
             write_threshold: 0,
-            active,
+            active: disk.locked,
             x_vmferry_io: match disk.io {
                 DiskIo::IoUring => BlockIo::IoUring,
                 DiskIo::Synchronous => BlockIo::Synchronous,

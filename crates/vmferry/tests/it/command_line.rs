@@ -1,14 +1,23 @@
 //! What the command prints, for people and for programs, and how it says what went wrong.
 
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::process::Command;
 
+use rustix::fs::OFlags;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::{Value, json};
+use vmferry_control::QmpClient;
 use vmferry_control::schema::{MigrationStatus, RunState};
 
-use crate::common::PATIENCE;
-use crate::common::command::{on_vm, vmferry};
+use crate::common::command::{Running, VMFERRY, on_vm, vmferry};
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
+use crate::common::{PATIENCE, eventually};
 
 #[test]
 fn json_and_nothing_else() {
@@ -52,6 +61,40 @@ fn json_and_nothing_else() {
         json!({"status": "running", "running": true})
     );
     assert_eq!(status["migration"]["status"], "completed");
+}
+
+/// Who waits for a guest, or for one that does not listen, can quit by the keys.
+#[test]
+fn a_terminals_user_can_quit() {
+    let Some(lab) = Lab::new() else { return };
+    let waiting = ["--incoming", "tcp:127.0.0.1:0"];
+    let running = ["--kernel", "guest:dirtier"];
+    for (name, what) in [("waiting", waiting), ("running", running)] {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+        let keyboard = openpt(flags).expect("a terminal");
+        grantpt(&keyboard).expect("it is ours");
+        unlockpt(&keyboard).expect("it is ours");
+        let terminal = ptsname(&keyboard, Vec::new()).expect("it has a name");
+        let terminal = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlags::NOCTTY.bits() as i32)
+            .open(OsStr::from_bytes(terminal.as_bytes()))
+            .expect("it is ours");
+        let socket = lab.path(&format!("{name}.qmp"));
+        let mut command = Command::new(VMFERRY);
+        command.arg("run").args(what);
+        command.args(["--qmp", &format!("unix:{}", socket.display())]);
+        let vm = Running::with_input(&mut command, terminal.into());
+        eventually("its monitor", || QmpClient::connect(&socket, PATIENCE).ok());
+        // More than any guest takes at once, and the keys.
+        File::from(keyboard.try_clone().expect("a descriptor"))
+            .write_all(format!("{}\x01x", "typed ahead".repeat(20)).as_bytes())
+            .expect("a terminal takes input");
+        let end = vm.finish_within(PATIENCE);
+        assert!(end.status.success(), "{name}: {end:?}");
+        assert!(!socket.exists());
+    }
 }
 
 /// Standard error is no terminal here: a line now and then, and none that moves the cursor.

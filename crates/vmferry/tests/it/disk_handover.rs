@@ -49,6 +49,11 @@ fn holds(vm: &Vm, image: &Path) -> bool {
     })
 }
 
+/// What the monitor says of that.
+fn is_active(vm: &mut Vm) -> bool {
+    vm.execute("query-block", Value::Null)[0]["inserted"]["active"] == true
+}
+
 /// This one runs the guest and holds the lock, and nobody else can.
 #[track_caller]
 fn assert_alone(one: &mut Vm, other: Option<&mut Vm>, image: &Path) {
@@ -158,8 +163,10 @@ fn the_destination_is_killed_before_the_source_knows_that_it_runs() {
             "If it runs on the destination, quit this one",
         );
         assert!(!holds(&guest.vm, &image));
+        assert!(!is_active(&mut guest.vm));
         guest.vm.execute("cont", Value::Null);
         guest.runs_on();
+        assert!(is_active(&mut guest.vm));
         assert_alone(&mut guest.vm, None, &image);
     }
     moves_on(guest, &image);

@@ -5,6 +5,7 @@ use std::fs;
 use serde_json::{Value, json};
 use vmferry_control::schema::{MigrationRamStats, RunState};
 
+use crate::LOST;
 use crate::common::lab::Lab;
 use crate::common::vm::Vm;
 use crate::common::{eventually, say};
@@ -37,8 +38,8 @@ fn boot(lab: &Lab, images: &Images, balloon: &str, cmdline: &str) -> Vm {
 fn verifies(vm: &Vm, times: usize) {
     eventually("Linux to verify its memory", || {
         let text = fs::read_to_string(&vm.serial).ok()?;
-        let complaint = text.contains("linux: corrupt") || text.contains("linux: kernel=");
-        assert!(!complaint, "{text}");
+        assert!(!text.contains("linux: corrupt"), "{LOST}{text}");
+        assert!(!text.contains("linux: kernel="), "{text}");
         (text.matches("linux: verified").count() >= times).then_some(())
     });
 }

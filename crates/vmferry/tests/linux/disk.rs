@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::LOST;
 use crate::common::PATIENCE;
 use crate::common::command::{Finished, Running};
 use crate::common::lab::Lab;
@@ -27,6 +28,13 @@ pub struct Disk<'a> {
 fn run(name: &str, args: &[&str]) -> Finished {
     let program = tool(name).expect("it was there before");
     Running::start(Command::new(program).args(args)).finish_within(PATIENCE)
+}
+
+/// What a check says that finds everything in order.
+#[track_caller]
+fn whole(check: Finished) -> String {
+    assert!(check.status.success(), "{LOST}{check:?}");
+    check.succeeded()
 }
 
 impl<'a> Disk<'a> {
@@ -56,7 +64,7 @@ impl<'a> Disk<'a> {
     #[track_caller]
     pub fn check(&self) -> usize {
         let image = self.image.to_str().expect("its path is UTF-8");
-        run("e2fsck", &["-n", "-f", image]).succeeded();
+        whole(run("e2fsck", &["-n", "-f", image]));
         let content = self.lab.path("content");
         fs::create_dir(&content).expect("the test's directory is writable");
         let dump = format!("rdump / {}", content.display());
@@ -65,10 +73,8 @@ impl<'a> Disk<'a> {
         check
             .args(["-c", "cat *.sum | sha256sum -c"])
             .current_dir(&content);
-        let checked = Running::start(&mut check)
-            .finish_within(PATIENCE)
-            .succeeded();
-        checked
+        let checked = Running::start(&mut check).finish_within(PATIENCE);
+        whole(checked)
             .lines()
             .filter(|line| line.ends_with(": OK"))
             .count()

@@ -17,8 +17,10 @@ mod migration;
 mod network;
 mod power;
 
-use std::io;
+use std::io::{self, Write};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use vmferry_rig::kvm::{HostKvm, probe};
@@ -33,8 +35,11 @@ use host::{IMAGES, Images, tool};
 const TIMEOUT: Duration = Duration::from_secs(330);
 
 /// How often a test may fail in the rig before it has failed. QEMU's emulation of SVM fails now and then, and takes a guest or
-/// the whole first level with it (rig/README.md). Every failure is shown.
+/// the whole first level with it (rig/README.md). Every failure is shown. One that begins with [`LOST`] is the last.
 const ATTEMPTS: u32 = 3;
+
+/// Begins what a test says when something was lost or damaged, which has no excuse.
+const LOST: &str = "LOST: ";
 
 /// Names the tests to run in the rig, by parts of their names. All, if there is none.
 const ONLY: &str = "VMFERRY_RIG_TESTS";
@@ -96,11 +101,13 @@ fn tests() -> Vec<String> {
 ///
 /// # Panics
 ///
-/// It fails every time.
+/// It fails every time, or loses something once.
 fn attempt(test: &str, debian: &Debian, images: &Images) {
     for number in 1..=ATTEMPTS {
-        let why = match run(test, debian, images) {
+        let lost = Arc::new(AtomicBool::new(false));
+        let why = match run(test, debian, images, &lost) {
             Ok(0) => return,
+            _ if lost.load(Ordering::Relaxed) => panic!("{test} has lost something; see above"),
             Ok(status) => format!("it ended with status {status}; see above"),
             Err(error) if error.is_missing_prerequisite() => return skip(&error),
             Err(error) => error.to_string(),
@@ -112,7 +119,48 @@ fn attempt(test: &str, debian: &Debian, images: &Images) {
     panic!("{test} failed {ATTEMPTS} times in the rig; see above");
 }
 
-fn run(test: &str, debian: &Debian, images: &Images) -> Result<u8, RigError> {
+/// Standard error, with an eye on what goes there.
+struct Watched {
+    lost: Arc<AtomicBool>,
+    /// The line so far.
+    line: Vec<u8>,
+}
+
+impl Watched {
+    fn new(lost: &Arc<AtomicBool>) -> Self {
+        Watched {
+            lost: lost.clone(),
+            line: Vec::new(),
+        }
+    }
+}
+
+impl Write for Watched {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for byte in bytes {
+            match byte {
+                b'\n' => self.line.clear(),
+                byte => self.line.push(*byte),
+            }
+            if self.line.ends_with(LOST.as_bytes()) {
+                self.lost.store(true, Ordering::Relaxed);
+            }
+        }
+        io::stderr().write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+fn run(
+    test: &str,
+    debian: &Debian,
+    images: &Images,
+    lost: &Arc<AtomicBool>,
+) -> Result<u8, RigError> {
     let this = this();
     let mut rig = Rig::new([&this, "--exact", test, "--nocapture"]);
     rig.with(&this)
@@ -125,5 +173,6 @@ fn run(test: &str, debian: &Debian, images: &Images) -> Result<u8, RigError> {
             rig.with(path);
         }
     }
-    Ok(rig.run(debian, io::stderr(), io::stderr())?.status)
+    let ended = rig.run(debian, Watched::new(lost), Watched::new(lost))?;
+    Ok(ended.status)
 }

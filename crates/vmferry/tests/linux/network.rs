@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
+use crate::LOST;
 use crate::common::command::Running;
 use crate::common::{PATIENCE, eventually, say};
 use crate::host::tool;
@@ -137,8 +138,9 @@ fn talk(stream: &TcpStream, done: &AtomicBool, heard: &AtomicU64) -> Duration {
         let start = Instant::now();
         (&mut &*stream).write_all(line.as_bytes()).expect(words);
         let mut answer = String::new();
-        answers.read_line(&mut answer).expect(words);
-        assert_eq!(answer, line);
+        let read = answers.read_line(&mut answer).expect(words);
+        assert_ne!(read, 0, "the connection was closed");
+        assert_eq!(answer, line, "{LOST}a line of the connection");
         longest = longest.max(start.elapsed());
         heard.fetch_add(1, Ordering::Relaxed);
         thread::sleep(BREATH);

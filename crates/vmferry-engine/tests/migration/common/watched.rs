@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vmferry_dirty::DirtyLog;
 use vmferry_engine::RamBlock;
-use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError};
+use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError, PauseError};
 
 use super::arming_log::ArmingLog;
 use crate::toy::{PAGES, Toy};
@@ -53,7 +53,7 @@ impl Watched {
 
     /// The user pauses it; all of its memory must be right then.
     pub fn stop_and_verify(&self) -> u64 {
-        self.pause().unwrap();
+        self.pause(Duration::ZERO).unwrap();
         self.verify()
     }
 
@@ -66,7 +66,7 @@ impl Watched {
 
     /// Looks at a guest that has just arrived, before it has written over what may be wrong.
     pub fn verify_arrival(&self) {
-        let was = self.pause().unwrap();
+        let was = self.pause(Duration::ZERO).unwrap();
         self.verify();
         self.resume(was).unwrap();
     }
@@ -118,8 +118,8 @@ impl Guest for Watched {
         self.toy.check_description(source)
     }
 
-    fn pause(&self) -> Result<Activity, GuestError> {
-        let was = self.toy.pause()?;
+    fn pause(&self, limit: Duration) -> Result<Activity, PauseError> {
+        let was = self.toy.pause(limit)?;
         if was == Activity::Running {
             self.runners.now.fetch_sub(1, Ordering::SeqCst);
         }

@@ -153,6 +153,11 @@ impl Disk {
         Ok(!self.locked.swap(true, Ordering::Relaxed))
     }
 
+    /// Whether the lock is held.
+    pub fn is_locked(&self) -> bool {
+        self.locked.load(Ordering::Relaxed)
+    }
+
     /// Gives the lock up.
     pub fn unlock(&self) -> Result<(), MachineError> {
         lock::release(&self.file).map_err(|source| self.failed("unlock", source))?;
@@ -198,15 +203,26 @@ impl Disk {
 
     /// Makes everything that was written safe.
     pub fn flush(&self) -> io::Result<()> {
-        self.flushed(self.file.sync_data())
+        let answer = self.file.sync_data();
+        self.learn(&answer);
+        answer.and_then(|()| self.has_all_writes())
     }
 
-    /// What the kernel's answer to a flush means.
-    pub fn flushed(&self, answer: io::Result<()>) -> io::Result<()> {
-        if answer.is_err() && self.caching == Caching::Cached {
-            self.lost_writes.store(true, Ordering::Relaxed);
+    /// Learns from the kernel's answer to a flush, or to a write that was to be safe.
+    pub fn learn<T>(&self, answer: &io::Result<T>) {
+        if let Err(error) = answer
+            && self.caching == Caching::Cached
+            && !is_about_the_request(error)
+        {
+            let known = self.lost_writes.swap(true, Ordering::Relaxed);
+            if !known {
+                tracing::error!(id = self.id, %error, "a disk has lost writes: it can be flushed no more");
+            }
         }
-        answer?;
+    }
+
+    /// Fails if a write has been lost.
+    pub fn has_all_writes(&self) -> io::Result<()> {
         match self.lost_writes.load(Ordering::Relaxed) {
             true => Err(io::Error::other("a write before has failed and is lost")),
             false => Ok(()),
@@ -261,6 +277,14 @@ fn direct_block(file: &File) -> io::Result<u64> {
             Ok(_) => return Ok(size),
         }
     }
+}
+
+/// Whether an error says nothing of what was written before.
+fn is_about_the_request(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EINTR | libc::EAGAIN | libc::ECANCELED | libc::ENOMEM)
+    )
 }
 
 /// Whether the file system just cannot do it.

@@ -49,13 +49,21 @@ impl Job {
         }
     }
 
-    /// Hears the kernel's answer to the last step. Goes on with the next one, or ends.
-    pub fn hear(&mut self, answer: io::Result<usize>) -> ControlFlow<io::Result<()>> {
+    /// Hears the kernel's answer to the last step, on `disk`. Goes on with the next one, or ends.
+    pub fn hear(&mut self, disk: &Disk, answer: io::Result<usize>) -> ControlFlow<io::Result<()>> {
         match &mut self.work {
-            Work::Transfer(transfer) => transfer.hear(answer),
+            Work::Transfer(transfer) => {
+                if transfer.direction == Direction::ToDisk(Durability::Safe) {
+                    disk.learn(&answer);
+                }
+                transfer.hear(answer)
+            }
             Work::Flush => match answer {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => ControlFlow::Continue(()),
-                answer => ControlFlow::Break(answer.map(drop)),
+                answer => {
+                    disk.learn(&answer);
+                    ControlFlow::Break(answer.and_then(|_| disk.has_all_writes()))
+                }
             },
         }
     }
@@ -131,7 +139,7 @@ impl Engine for Synchronous {
                 Work::Transfer(transfer) => step(&self.0, transfer),
                 Work::Flush => self.0.flush().map(|()| 0),
             };
-            if let ControlFlow::Break(outcome) = job.hear(answer) {
+            if let ControlFlow::Break(outcome) = job.hear(&self.0, answer) {
                 return Some(Done { job, outcome });
             }
         }

@@ -128,11 +128,7 @@ impl Engine for Ring {
                 moved @ 0.. => Ok(moved as usize),
                 error => Err(io::Error::from_raw_os_error(-error)),
             };
-            let answer = match self.jobs[key].work {
-                Work::Flush => self.disk.flushed(answer.map(drop)).map(|()| 0),
-                Work::Transfer(_) => answer,
-            };
-            match self.jobs[key].hear(answer) {
+            match self.jobs[key].hear(&self.disk, answer) {
                 ControlFlow::Continue(()) => self.push(key),
                 ControlFlow::Break(outcome) => {
                     let job = self.jobs.remove(key);

@@ -34,8 +34,8 @@ const TRANSMIT: usize = 1;
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE; 2];
 
-/// No link keeps more frames than this for a guest that does not take them. (A TAP interface: 500 or 1000.)
-const MOST_WAITING: u32 = 1024;
+/// How many frames that came for the driver before are thrown away. A TAP interface keeps 500 or 1000.
+const MOST_STALE: u32 = 1024;
 
 /// Bytes of the header before each frame, and where in it the number of buffers is.
 const HEADER: usize = 12;
@@ -236,7 +236,7 @@ impl VirtioDevice for Network {
     fn reset(&mut self) {
         self.chosen = 0;
         self.link.activate(0);
-        for _ in 0..MOST_WAITING {
+        for _ in 0..MOST_STALE {
             if !self.link.receive(&mut self.received) {
                 break;
             }

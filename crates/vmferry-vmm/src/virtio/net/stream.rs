@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::announce::Timer;
@@ -143,7 +144,14 @@ impl Connection {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+        rustix::net::connect(&socket, &SocketAddrUnix::new(path)?).map_err(
+            |error| match error {
+                Errno::AGAIN => {
+                    io::Error::other("whoever listens there accepts no connections now")
+                }
+                error => error.into(),
+            },
+        )?;
         Ok(Connection {
             socket: socket.into(),
             received: Received::new(),

@@ -118,6 +118,9 @@ fn check(result: libc::c_int) -> io::Result<()> {
 
 impl Link for Tap {
     fn activate(&mut self, features: u64) {
+        if self.gone {
+            return;
+        }
         let offloads = OFFLOADS
             .iter()
             .filter(|(feature, _)| features & 1 << feature != 0)
@@ -139,9 +142,14 @@ impl Link for Tap {
         match frame.fill(|room| self.file.read(room)) {
             Ok(()) => !frame.is_empty(),
             Err(error) => {
-                if !must_wait(&error) && !self.gone {
+                if error.raw_os_error() == Some(libc::EBADFD) && !self.gone {
                     self.gone = true;
-                    tracing::warn!(id = self.id, %error, "the TAP interface of an interface is gone, which is unplugged now");
+                    tracing::error!(
+                        id = self.id,
+                        "the TAP interface of an interface is gone, which is unplugged now"
+                    );
+                } else if !must_wait(&error) {
+                    tracing::debug!(id = self.id, %error, "a frame is lost");
                 }
                 false
             }

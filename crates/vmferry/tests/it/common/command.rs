@@ -54,8 +54,12 @@ pub struct Running {
 
 impl Running {
     pub fn start(command: &mut Command) -> Self {
+        Self::with_input(command, Stdio::null())
+    }
+
+    pub fn with_input(command: &mut Command, input: Stdio) -> Self {
         let mut child = command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
