@@ -13,7 +13,7 @@
 //! | `dirty_log().fetch()` / `.arm()`, many times | (RAM is written through [`RamBlock`]) |
 //! | between two fetches: `free_page_hinting().start()` .. `.stop()`; `.done()` in the end | |
 //! | `prepare_pause` | |
-//! | `pause` | |
+//! | `pause`; if it is [`PauseError::Busy`], back to the fetches | |
 //! | `save_devices` | |
 //! | a last `fetch`, `.arm()` | `load_devices` |
 //! | `dirty_log().stop()` | `start` if the guest ran on the source |
@@ -60,7 +60,8 @@ impl GuestError {
 /// Why a guest could not be paused. It runs on.
 #[derive(Debug, thiserror::Error)]
 pub enum PauseError {
-    /// It did not come to a stand in time: the words say what it waited for. The engine goes on copying, and tries again.
+    /// It did not come to a stand in time: the words say what it waited for. The engine goes on copying, and tries again, up
+    /// to five times in all.
     #[error("{0}")]
     Busy(String),
     /// It cannot be, and the migration fails.
@@ -117,8 +118,8 @@ pub trait Guest: Send + Sync {
 
     /// The guest is about to be paused: work that shortens the pause, while the guest still runs. Flushing its disks is
     /// such work, of which little is then left for [`save_devices`](Self::save_devices). May take its time; what the
-    /// guest writes to its memory meanwhile is sent before the pause. Called once, or twice if it takes long, each time
-    /// from a thread of its own: it is not waited for when the user cancels the migration.
+    /// guest writes to its memory meanwhile is sent before the pause. Called once before each attempt to pause it, or twice
+    /// if it takes long, each time from a thread of its own: it is not waited for when the user cancels the migration.
     fn prepare_pause(&self) -> Result<(), GuestError> {
         Ok(())
     }

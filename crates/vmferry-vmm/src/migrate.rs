@@ -90,6 +90,7 @@ impl Guest for Machine {
             return Err(GuestError::new(error).into());
         }
         if activity == Activity::Running {
+            let limit = limit.min(STANDSTILL_LIMIT);
             self.stop(&mut lifecycle, RunState::FinishMigrate, limit)
                 .map_err(|error| match error {
                     MachineError::Busy(why) => PauseError::Busy(why),

@@ -236,13 +236,15 @@ impl<'a> Driver<'a> {
                 }
                 Err(PauseError::Busy(why)) => {
                     return Err(GuestError(format!(
-                        "{why} ({ATTEMPTS} attempts). A higher downtime-limit gives it more time"
+                        "{why} ({ATTEMPTS} attempts; a higher downtime-limit gives it more time)"
                     ))
                     .into());
                 }
                 Err(PauseError::Guest(error)) => return Err(error.into()),
             }
             attempt += 1;
+            // It has stood still for nothing: now it has its time, before it does again.
+            self.idle(limit)?;
             self.precopy(tracker, None)?;
         }
     }

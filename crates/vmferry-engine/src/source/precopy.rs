@@ -254,7 +254,7 @@ impl Driver<'_> {
     }
 
     /// Waits for the rate limit, unless something happens.
-    fn idle(&mut self, time: Duration) -> Result<(), MigrationError> {
+    pub(super) fn idle(&mut self, time: Duration) -> Result<(), MigrationError> {
         let end = Instant::now() + time;
         loop {
             self.check()?;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, setsid};
 use tempfile::NamedTempFile;
 
 use super::channel::{Channel, cancelled};
@@ -32,15 +32,17 @@ enum Finish {
     Wait(RunningCommand),
 }
 
-/// A command that is ended when it is not needed any more.
+/// A command that is ended when it is not needed any more, with all that it has started, if it still runs.
 pub(super) struct RunningCommand(Child);
 
 impl RunningCommand {
-    /// Starts `command` in a shell. All of its processes are ended with it, so they have a group of their own.
+    /// Starts `command` in a shell, in a session of its own: all of its processes can be ended together. So they have no
+    /// terminal either, and fail where they would ask there.
     pub(super) fn start(command: &str, stdin: Stdio, stdout: Stdio) -> io::Result<Self> {
         let mut shell = Command::new("/bin/sh");
         shell.arg("-c").arg(command).stdin(stdin).stdout(stdout);
-        shell.process_group(0);
+        // SAFETY: between fork and exec only a system call is made.
+        unsafe { shell.pre_exec(|| Ok(setsid().map(drop)?)) };
         Ok(RunningCommand(shell.spawn()?))
     }
 

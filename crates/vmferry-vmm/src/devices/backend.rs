@@ -21,6 +21,9 @@ use crate::error::MachineError;
 
 /// Output that may wait for the back end; what comes beyond is dropped.
 const OUTBOX_BYTES: usize = 1 << 20;
+/// Input of a terminal that may wait for the guest; what comes beyond is dropped. Others wait outside, but a terminal is
+/// always read, for the keys that mean "quit".
+const TYPED_AHEAD_BYTES: usize = 1 << 20;
 /// Bytes moved by one system call; a pipe that polls as writable takes as many without blocking.
 const CHUNK: usize = 4096;
 /// How long a machine that ends waits for its last output to be taken.
@@ -441,8 +444,7 @@ impl Worker {
             Ok(len) => match &mut self.target {
                 Target::Stdio { keys, .. } => {
                     let quit = keys.filter(&room[..len], &mut self.unread);
-                    // Beyond what a terminal's own line holds, what is typed ahead is lost.
-                    self.unread.truncate(CHUNK);
+                    self.unread.truncate(TYPED_AHEAD_BYTES);
                     return quit;
                 }
                 _ => self.unread.extend(&room[..len]),

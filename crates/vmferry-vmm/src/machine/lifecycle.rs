@@ -15,8 +15,8 @@ use crate::state::cpu;
 use crate::state::machine::Description;
 use crate::vcpu::{GuestRequest, Wanted};
 
-/// How long a guest that is to stop for its user may wait for its disks: requests that the host has begun have to be
-/// complete. What takes longer is no delay but a failure. (How long it may wait for a migration, that says.)
+/// How long a guest that is to stop may wait for its disks at most: requests that the host has begun have to be complete, and
+/// for a migration what was written has to be safe. What takes longer is no delay but a failure.
 pub(crate) const STANDSTILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Who decides about the guest's next start, beside the user.
@@ -215,9 +215,11 @@ impl Machine {
         let busy = self.devices.busy();
         self.go();
         Err(MachineError::Busy(format!(
-            "cannot stop the guest: it does not come to a stand within {limit:?}; requests in flight: {}. \
-             It goes on. Look at the host's storage",
-            if busy.is_empty() { "none" } else { &busy }
+            "cannot stop the guest: it does not come to a stand within {limit:?}{}",
+            match busy.is_empty() {
+                true => String::new(),
+                false => format!("; requests in flight: {busy}; look at the host's storage"),
+            }
         )))
     }
 
@@ -287,11 +289,8 @@ impl Machine {
             // Stopped meanwhile; the request stands until the guest goes on.
             return true;
         }
-        if self.try_to_hold(STANDSTILL_LIMIT).is_err() {
-            tracing::warn!(
-                in_flight = self.devices.busy(),
-                "what the guest has asked for waits for its disks"
-            );
+        if let Err(error) = self.try_to_hold(STANDSTILL_LIMIT) {
+            tracing::warn!(%error, "what the guest has asked for has to wait");
             return false;
         }
         match self.gate.pending() {

@@ -35,7 +35,7 @@ pub struct DiskInfo {
     pub io: DiskIo,
     /// Its size.
     pub bytes: u64,
-    /// Whether this machine holds its lock: no other may use it.
+    /// Whether this machine holds its lock: no other may write to it.
     pub locked: bool,
 }
 

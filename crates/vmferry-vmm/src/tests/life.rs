@@ -8,10 +8,36 @@ use std::time::{Duration, Instant};
 use vmferry_engine::seam::{Activity, Guest};
 
 use super::*;
+use crate::vcpu::{GuestRequest, Wanted};
 use crate::{KernelSource, RunState, ShutdownCause};
 
 fn output(path: &Path) -> Vec<u8> {
     fs::read(path).unwrap()
+}
+
+/// Who only listens to events knows that it does not run.
+#[test]
+fn a_guest_that_cannot_go_on_has_stopped() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (machine, events) = machine(config(1, &dir.path().join("serial")));
+    machine.resume().unwrap();
+    wait_for_progress(&machine);
+    expect(&events, &MachineEvent::Resume);
+    let (vcpu, reason) = (0, "it has lost its way".to_owned());
+    machine.gate.set_pending(Some(GuestRequest::InternalError {
+        vcpu,
+        reason: reason.clone(),
+    }));
+    machine.gate.set(Wanted::Run);
+    expect(&events, &MachineEvent::Stop);
+    expect(&events, &MachineEvent::InternalError { vcpu, reason });
+    assert_eq!(machine.run_state(), RunState::InternalError);
+    machine.reset().unwrap();
+    machine.resume().unwrap();
+    wait_for_progress(&machine);
 }
 
 #[test]

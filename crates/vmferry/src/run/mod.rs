@@ -8,6 +8,7 @@ mod monitor;
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -126,7 +127,15 @@ fn end_on_signals(exit: Sender<Exit>) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("signals".to_owned())
         .spawn(move || {
-            for _ in signals.forever() {
+            /// Signals may come in pairs, as SIGHUP from a terminal and from its shell.
+            const INSISTING: Duration = Duration::from_secs(1);
+            let mut first: Option<Instant> = None;
+            for signal in signals.forever() {
+                if first.is_some_and(|first| first.elapsed() > INSISTING) {
+                    // Whatever keeps the process, it ends.
+                    std::process::exit(128 + signal);
+                }
+                first.get_or_insert_with(Instant::now);
                 // The process may be ending already.
                 let _ = exit.send(Exit::host(ShutdownCause::HostSignal));
             }

@@ -208,16 +208,27 @@ impl Disk {
         answer.and_then(|()| self.has_all_writes())
     }
 
-    /// Learns from the kernel's answer to a flush, or to a write that was to be safe.
+    /// Learns from the kernel's answer to a flush.
     pub fn learn<T>(&self, answer: &io::Result<T>) {
         if let Err(error) = answer
             && self.caching == Caching::Cached
-            && !is_about_the_request(error)
+            && !says_nothing_of_writes(error)
         {
             let known = self.lost_writes.swap(true, Ordering::Relaxed);
             if !known {
                 tracing::error!(id = self.id, %error, "a disk has lost writes: it can be flushed no more");
             }
+        }
+    }
+
+    /// The same of a write that was to be safe at once: one that finds no room has not begun.
+    pub fn learn_from_write<T>(&self, answer: &io::Result<T>) {
+        let refused = answer.as_ref().is_err_and(|error| {
+            let refusals = [libc::ENOSPC, libc::EDQUOT, libc::EFBIG, libc::EINVAL];
+            error.raw_os_error().is_some_and(|n| refusals.contains(&n))
+        });
+        if !refused {
+            self.learn(answer);
         }
     }
 
@@ -279,8 +290,8 @@ fn direct_block(file: &File) -> io::Result<u64> {
     }
 }
 
-/// Whether an error says nothing of what was written before.
-fn is_about_the_request(error: &io::Error) -> bool {
+/// Whether an error is that of an attempt, and not of what was written before.
+fn says_nothing_of_writes(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::EINTR | libc::EAGAIN | libc::ECANCELED | libc::ENOMEM)

@@ -54,7 +54,7 @@ impl Job {
         match &mut self.work {
             Work::Transfer(transfer) => {
                 if transfer.direction == Direction::ToDisk(Durability::Safe) {
-                    disk.learn(&answer);
+                    disk.learn_from_write(&answer);
                 }
                 transfer.hear(answer)
             }
