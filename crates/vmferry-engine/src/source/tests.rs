@@ -154,21 +154,30 @@ fn with_driver(parameters: Parameters, test: impl Fn(&mut Driver<'_>, &DirtyTrac
     }
 }
 
+/// Does a slice: how it ended, and how long it took.
+fn timed(
+    driver: &mut Driver<'_>,
+    tracker: &DirtyTracker,
+    cursor: &mut Cursor,
+) -> (SliceEnd, Duration) {
+    let start = Instant::now();
+    let end = driver.slice(tracker, cursor, Pace::Limited).unwrap();
+    (end, start.elapsed())
+}
+
 /// Does so many slices, none of which gets through its pass.
 fn out_of_time(driver: &mut Driver<'_>, tracker: &DirtyTracker, slices: usize) {
-    let mut cursor = Cursor::default();
-    let took = (0..slices).map(|_| {
-        let start = Instant::now();
-        let end = driver.slice(tracker, &mut cursor, Pace::Limited).unwrap();
+    let (mut cursor, mut took) = (Cursor::default(), Vec::new());
+    for _ in 0..slices {
+        let (end, time) = timed(driver, tracker, &mut cursor);
         assert_eq!(end, SliceEnd::TimeIsUp);
-        start.elapsed()
-    });
-    assert_bounded(took);
+        took.push(time);
+    }
+    assert_bounded(&took);
 }
 
 /// Slices are over in time. The machine may take its CPU away from any of them, but not from every one.
-fn assert_bounded(took: impl Iterator<Item = Duration>) {
-    let took: Vec<_> = took.collect();
+fn assert_bounded(took: &[Duration]) {
     let shortest = took.iter().min().expect("there was a slice");
     assert!(*shortest < MAX_WAIT + SLACK, "{took:?}");
 }
@@ -202,16 +211,15 @@ fn when_somebody_reads_as_fast_as_we_write() {
             let mut buffer = vec![0; 1 << 20];
             while theirs.read(&mut buffer).is_ok_and(|n| n > 0) {}
         });
-        let mut cursor = Cursor::default();
-        let mut end = SliceEnd::TimeIsUp;
-        let took = std::iter::from_fn(|| {
-            (end != SliceEnd::PassDone).then(|| {
-                let start = Instant::now();
-                end = driver.slice(tracker, &mut cursor, Pace::Limited).unwrap();
-                start.elapsed()
-            })
-        });
-        assert_bounded(took);
+        let (mut cursor, mut took) = (Cursor::default(), Vec::new());
+        loop {
+            let (end, time) = timed(driver, tracker, &mut cursor);
+            took.push(time);
+            if end == SliceEnd::PassDone {
+                break;
+            }
+        }
+        assert_bounded(&took);
         assert_eq!(tracker.set().dirty_pages(), 0);
         driver.channel.shutdown();
         reader.join().unwrap();

@@ -29,15 +29,15 @@ fn a_guest_that_checks_its_memory_goes_on_unharmed() {
     };
     let (source, _) = machine(with_guest(config(2, &here)));
     let (destination, _) = machine(with_guest(incoming(2, &there)));
+    let of_both = |file: &Path| {
+        let beats = heartbeats(file);
+        (0..2).all(|vcpu| beats.iter().any(|beat| beat.vcpu == vcpu))
+    };
     source.resume().unwrap();
-    wait_for("heartbeats", || {
-        (0..2).all(|vcpu| heartbeats(&here).iter().any(|beat| beat.vcpu == vcpu))
-    });
+    wait_for("heartbeats", || of_both(&here));
     migrate(&source, &destination);
     drop(source);
-    wait_for("heartbeats on the destination", || {
-        (0..2).all(|vcpu| heartbeats(&there).iter().any(|beat| beat.vcpu == vcpu))
-    });
+    wait_for("heartbeats on the destination", || of_both(&there));
     let before = heartbeats(&here);
     let after = heartbeats(&there);
     assert!(before.iter().chain(&after).all(|beat| beat.corrupt == 0));

@@ -34,7 +34,7 @@ fn run(name: &str, args: &[&str]) -> Finished {
 #[track_caller]
 fn whole(check: Finished) -> String {
     assert!(check.status.success(), "{LOST}{check:?}");
-    check.succeeded()
+    check.stdout
 }
 
 impl<'a> Disk<'a> {

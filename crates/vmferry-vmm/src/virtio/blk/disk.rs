@@ -203,7 +203,17 @@ impl Disk {
 
     /// Makes everything that was written safe.
     pub fn flush(&self) -> io::Result<()> {
-        let answer = self.file.sync_data();
+        self.hear_flush(self.sync())
+    }
+
+    /// Asks the kernel to make everything that was written safe. What its answer means, [`hear_flush`](Self::hear_flush)
+    /// tells.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// How a flush has ended that the kernel answers so.
+    pub fn hear_flush(&self, answer: io::Result<()>) -> io::Result<()> {
         self.learn(&answer);
         answer.and_then(|()| self.has_all_writes())
     }

@@ -60,10 +60,7 @@ impl Job {
             }
             Work::Flush => match answer {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => ControlFlow::Continue(()),
-                answer => {
-                    disk.learn(&answer);
-                    ControlFlow::Break(answer.and_then(|_| disk.has_all_writes()))
-                }
+                answer => ControlFlow::Break(disk.hear_flush(answer.map(drop))),
             },
         }
     }
@@ -137,7 +134,7 @@ impl Engine for Synchronous {
         loop {
             let answer = match &job.work {
                 Work::Transfer(transfer) => step(&self.0, transfer),
-                Work::Flush => self.0.flush().map(|()| 0),
+                Work::Flush => self.0.sync().map(|()| 0),
             };
             if let ControlFlow::Break(outcome) = job.hear(&self.0, answer) {
                 return Some(Done { job, outcome });
