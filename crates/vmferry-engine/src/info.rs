@@ -6,12 +6,15 @@ use vmferry_dirty::Discipline;
 
 use crate::status::Status;
 use crate::transport::Uri;
+use crate::wait::Waiting;
 
 /// A snapshot of a migration's figures. All counts are totals since its start.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Info {
     /// What it is doing.
     pub status: Status,
+    /// What it waits for, if it does not work at the moment.
+    pub waiting: Option<Waiting>,
     /// Why it failed, when it has.
     pub error: Option<String>,
     /// Where a destination listens, once it does.

@@ -16,6 +16,7 @@ pub mod seam;
 pub mod source;
 mod status;
 mod transport;
+mod wait;
 mod zero;
 
 pub use destination::Destination;
@@ -28,3 +29,4 @@ pub use source::{Source, SteerError};
 pub use status::Status;
 pub use transport::{TransportError, Uri, UriError};
 pub use vmferry_dirty::{ArmingChunk, Discipline};
+pub use wait::{Wait, Waiting};

@@ -17,6 +17,9 @@ pub const POLL: Duration = Duration::from_millis(50);
 /// How often a line is printed where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Shorter waits come and go too often to be read.
+const WORTH_MENTIONING_MS: u64 = 500;
+
 /// Whether a migration in this state is over.
 pub fn is_over(status: MigrationStatus) -> bool {
     use MigrationStatus::{Cancelled, Completed, Failed};
@@ -89,8 +92,14 @@ impl Display {
 /// One line: pass, what remains, how fast it goes, how fast the guest writes, how long it would stop.
 fn line(info: &MigrationInfo) -> String {
     let state = info.status.map_or("none", crate::report::migration_status);
+    let waiting = info
+        .x_vmferry_waiting_for
+        .as_ref()
+        .filter(|waiting| waiting.time >= WORTH_MENTIONING_MS)
+        .map(|waiting| format!(", waits for {}", crate::report::wait(waiting)))
+        .unwrap_or_default();
     let Some(ram) = &info.ram else {
-        return format!("{state} ...");
+        return format!("{state} ...{waiting}");
     };
     let mut line = format!(
         "{state}: pass {}, {} of {} remaining",
@@ -113,5 +122,5 @@ fn line(info: &MigrationInfo) -> String {
     {
         line += &format!(", expected downtime {downtime} ms");
     }
-    line
+    line + &waiting
 }

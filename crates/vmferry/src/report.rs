@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use vmferry_control::schema::{MigrationInfo, MigrationStatus, RunState};
+use vmferry_control::schema::{MigrationInfo, MigrationStatus, RunState, WaitingFor};
 use vmferry_control::units::{format_bandwidth, format_size};
 
 /// Rows of a name and a value, aligned.
@@ -65,6 +65,9 @@ pub fn migration_table(info: &MigrationInfo) -> Table {
             table.row("remaining", format_size(ram.remaining));
         }
     }
+    if let Some(waiting) = &info.x_vmferry_waiting_for {
+        table.row("waits for", wait(waiting));
+    }
     if let Some(discipline) = info.x_vmferry_discipline {
         table.row("discipline", discipline.to_string());
     }
@@ -82,6 +85,11 @@ pub fn migration_table(info: &MigrationInfo) -> Table {
         table.row("error", error);
     }
     table
+}
+
+/// What a migration waits for, and since when.
+pub fn wait(waiting: &WaitingFor) -> String {
+    format!("{} ({})", waiting.description, millis(waiting.time))
 }
 
 /// A time in milliseconds.

@@ -93,6 +93,21 @@ pub struct MigrationInfo {
     /// Bandwidth measured over the last pass, in bytes per second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub x_vmferry_bandwidth: Option<u64>,
+    /// What the migration waits for at the moment; absent while it works.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub x_vmferry_waiting_for: Option<WaitingFor>,
+}
+
+/// A wait of a migration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct WaitingFor {
+    /// Its name, for programs: that of a [`Wait`](vmferry_engine::Wait). Later versions may have more of them.
+    pub name: String,
+    /// The same for people; completes "the migration waits for ...".
+    pub description: String,
+    /// Milliseconds since it began.
+    pub time: u64,
 }
 
 /// Time that the migration thread has spent on dirty tracking, out of `total-time`. All in microseconds.

@@ -27,7 +27,7 @@ pub use machine::{
     Version, VersionInfo,
 };
 pub use migration::{
-    DirtyTracking, MigrateContinue, MigrationInfo, MigrationRamStats, MigrationStatus,
+    DirtyTracking, MigrateContinue, MigrationInfo, MigrationRamStats, MigrationStatus, WaitingFor,
 };
 pub use parameters::{
     ARMING_CHUNK_BYTES, MAX_DOWNTIME_LIMIT_MS, MAX_PEER_TIMEOUT_MS, MigrateSetParameters,

@@ -1,6 +1,7 @@
 //! The destination: receives a guest, and runs it only when the source has given it up.
 
 mod populate;
+mod reader;
 mod receiver;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,6 +14,7 @@ use crate::info::{Info, Observer};
 use crate::seam::Guest;
 use crate::status::Status;
 use crate::transport::{Listener, TransportError, Uri};
+use crate::wait::{Wait, WaitLog, Waits};
 
 use populate::Populator;
 use receiver::Receiver;
@@ -32,6 +34,7 @@ pub struct Destination {
 struct Shared {
     cancel: CancelToken,
     started: Instant,
+    waits: Waits,
     info: Mutex<Info>,
     observer: Box<dyn Observer>,
 }
@@ -73,6 +76,7 @@ impl Destination {
         let shared = Arc::new(Shared {
             cancel: CancelToken::new().map_err(resources)?,
             started: Instant::now(),
+            waits: Waits::default(),
             info: Mutex::new(Info {
                 listening: Some(bound.clone()),
                 ..Info::default()
@@ -81,9 +85,10 @@ impl Destination {
         });
         let thread = {
             let shared = shared.clone();
+            let wait_log = shared.waits.log("the destination").map_err(resources)?;
             std::thread::Builder::new()
                 .name("incoming".to_owned())
-                .spawn(move || serve(&*guest, listener, &shared))
+                .spawn(move || serve(&*guest, listener, &shared, &wait_log))
                 .map_err(resources)?
         };
         Ok(Destination {
@@ -109,6 +114,7 @@ impl Destination {
         if !info.status.is_final() {
             info.total_time = self.shared.started.elapsed();
         }
+        info.waiting = self.shared.waits.now();
         info
     }
 
@@ -143,7 +149,12 @@ impl Drop for Destination {
     }
 }
 
-fn serve(guest: &dyn Guest, listener: Listener, shared: &Shared) -> Result<(), MigrationError> {
+fn serve(
+    guest: &dyn Guest,
+    listener: Listener,
+    shared: &Shared,
+    _while_alive: &WaitLog,
+) -> Result<(), MigrationError> {
     shared.enter(Status::Setup);
     let result = receive(guest, &listener, shared).map_err(|error| {
         match (error, shared.cancel.is_cancelled()) {
@@ -171,7 +182,9 @@ fn receive(guest: &dyn Guest, listener: &Listener, shared: &Shared) -> Result<()
             uri: listener.uri().clone(),
             source,
         })?;
+        let waiting = shared.waits.begin(Wait::Source);
         let channel = listener.accept(KEEPALIVE, &shared.cancel)?;
+        drop(waiting);
         shared.enter(Status::Active);
         Receiver::new(guest, &channel, shared, populator)?.run()
     })

@@ -9,12 +9,14 @@ use vmferry_wire::{
 
 use super::Shared;
 use super::populate::Populator;
+use super::reader::StreamReader;
 use crate::error::{CONNECTION_LOST, MigrationError};
 use crate::ram::RamBlock;
 use crate::run_state;
 use crate::seam::{Activity, Guest, GuestError};
 use crate::status::Status;
 use crate::transport::Channel;
+use crate::wait::Wait;
 
 /// Pages between two updates of the figures.
 const UPDATE_INTERVAL: u64 = 4096;
@@ -35,7 +37,7 @@ pub(super) struct Receiver<'a> {
     guest: &'a dyn Guest,
     channel: &'a Channel,
     shared: &'a Shared,
-    stream: Decoder<&'a Channel>,
+    stream: Decoder<StreamReader<'a>>,
     memory: Memory<'a>,
     populator: Populator<'a>,
     /// The source reads a return path: nothing runs before it says so.
@@ -62,7 +64,7 @@ impl<'a> Receiver<'a> {
             guest,
             channel,
             shared,
-            stream: Decoder::new(channel, layout),
+            stream: Decoder::new(StreamReader::new(channel, &shared.waits), layout),
             memory: Memory::new(ram),
             populator,
             two_way: false,
@@ -177,7 +179,9 @@ impl<'a> Receiver<'a> {
                 return Err(GuestError::new(why).into());
             }
         };
+        let loading = self.shared.waits.begin(Wait::Machine);
         self.guest.load_devices(&self.devices)?;
+        drop(loading);
         if self.two_way {
             self.answer(&ReturnPathMessage::HandoverLoaded)?;
             match self.wait_for_decision() {
@@ -195,6 +199,7 @@ impl<'a> Receiver<'a> {
                 }
             }
         }
+        let _starting = self.shared.waits.begin(Wait::Machine);
         self.guest.start(self.activity, paused_since.elapsed())?;
         self.shared
             .update(|info| info.downtime = Some(paused_since.elapsed()));
@@ -202,6 +207,7 @@ impl<'a> Receiver<'a> {
     }
 
     fn wait_for_decision(&mut self) -> Result<Decision, StreamError> {
+        let _waiting = self.shared.waits.begin(Wait::Decision);
         loop {
             match self.stream.next()? {
                 Event::Command(Command::HandoverRun) => return Ok(Decision::Run),

@@ -15,6 +15,7 @@ use crate::hints::{Questions, Tracked};
 use crate::seam::{Activity, Guest, GuestError, GuestLog, PauseError};
 use crate::status::Status;
 use crate::transport::{Channel, ChannelKind, Outgoing, TransportError, Uri};
+use crate::wait::Wait;
 
 /// The machine type in the stream's configuration section.
 pub(crate) const MACHINE_TYPE: &str = "microvm";
@@ -66,7 +67,7 @@ impl<'a> Driver<'a> {
         shared: &Shared,
     ) -> Result<(), MigrationError> {
         let timeout = shared.parameters().peer_timeout;
-        let outgoing = Outgoing::open(uri, timeout, &shared.cancel)?;
+        let outgoing = Outgoing::open(uri, timeout, &shared.cancel, &shared.waits)?;
         let channel = outgoing.channel();
         let return_path =
             match channel.kind() {
@@ -96,7 +97,7 @@ impl<'a> Driver<'a> {
         let result = match (result, driver.return_path.take()) {
             (Err(error), Some(return_path)) => Err(return_path.explain(error)),
             // A one-way stream: what was written must also arrive (on a disk, in a command that succeeds).
-            (Ok(()), None) => match outgoing.finish() {
+            (Ok(()), None) => match outgoing.finish(&shared.waits) {
                 Ok(()) => {
                     shared.give_away();
                     Ok(())
@@ -226,7 +227,10 @@ impl<'a> Driver<'a> {
         loop {
             let since = Instant::now();
             let limit = self.shared.parameters().downtime_limit.max(SHORTEST_LIMIT);
-            match self.guest.pause(limit) {
+            let waiting = self.shared.waits.begin(Wait::Standstill);
+            let paused = self.guest.pause(limit);
+            drop(waiting);
+            match paused {
                 Ok(was) => {
                     self.hold = Hold::Paused { was, since };
                     return Ok(());
@@ -244,7 +248,7 @@ impl<'a> Driver<'a> {
             }
             attempt += 1;
             // It has stood still for nothing: now it has its time, before it does again.
-            self.idle(limit)?;
+            self.idle(Wait::NextAttempt, Instant::now(), limit)?;
             self.precopy(tracker, None)?;
         }
     }
@@ -252,6 +256,7 @@ impl<'a> Driver<'a> {
     fn wait_before_switchover(&mut self) -> Result<(), MigrationError> {
         if self.shared.parameters().pause_before_switchover {
             self.shared.enter(Status::PreSwitchover);
+            let _waiting = self.shared.waits.begin(Wait::Continue);
             while !self.shared.wait_to_proceed(CHECK_INTERVAL) {
                 self.check()?;
             }
@@ -274,7 +279,9 @@ impl<'a> Driver<'a> {
     pub(super) fn flush(&mut self, deadline: Option<Instant>) -> Result<Flushed, MigrationError> {
         let (before, start) = (self.writer.written(), Instant::now());
         let timeout: Duration = self.shared.parameters().peer_timeout;
-        let flushed = self.writer.flush(self.channel, deadline, timeout)?;
+        let flushed = self
+            .writer
+            .flush(self.channel, deadline, timeout, &self.shared.waits)?;
         let bytes = self.writer.written() - before;
         self.meter.wrote(bytes, start.elapsed());
         self.limiter.sent(bytes);

@@ -44,17 +44,26 @@ impl Source {
     ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::new(CancelToken::new()?, parameters, observer));
         shared.enter(Status::Setup);
-        let thread = {
-            let shared = shared.clone();
-            std::thread::Builder::new()
-                .name("migration".to_owned())
-                .spawn(move || Driver::run(&guest, &uri, &shared))
-        };
-        let thread = thread.inspect_err(|_| shared.enter(Status::Failed))?;
+        let thread = Self::spawn(guest, uri, shared.clone())
+            .inspect_err(|_| shared.enter(Status::Failed))?;
         Ok(Source {
             shared,
             thread: Some(thread),
         })
+    }
+
+    fn spawn(
+        guest: Arc<dyn Guest>,
+        uri: Uri,
+        shared: Arc<Shared>,
+    ) -> std::io::Result<JoinHandle<Result<(), MigrationError>>> {
+        let wait_log = shared.waits.log("the migration")?;
+        std::thread::Builder::new()
+            .name("migration".to_owned())
+            .spawn(move || {
+                let _wait_log = wait_log;
+                Driver::run(&guest, &uri, &shared)
+            })
     }
 
     /// The figures so far.

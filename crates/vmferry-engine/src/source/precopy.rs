@@ -12,6 +12,7 @@ use super::writer::Flushed;
 use crate::error::MigrationError;
 use crate::hints::Questions;
 use crate::seam::GuestError;
+use crate::wait::Wait;
 
 /// Law 5: a slice ends after this time, with or without a lock held.
 pub(super) const MAX_WAIT: Duration = Duration::from_millis(50);
@@ -107,6 +108,7 @@ impl Driver<'_> {
     /// Has the guest's machine do what shortens the pause. How long that took: the guest has gone on writing meanwhile.
     fn prepare_pause(&self) -> Result<Duration, MigrationError> {
         let start = Instant::now();
+        let _waiting = self.shared.waits.begin(Wait::PausePreparation);
         let guest = self.guest.clone();
         let (over, result) = sync_channel(1);
         let thread = std::thread::Builder::new()
@@ -136,7 +138,9 @@ impl Driver<'_> {
         self.pings = self.pings.wrapping_add(1);
         self.writer.command(Command::Ping(self.pings));
         let timeout = self.shared.parameters().peer_timeout;
-        self.writer.flush(self.channel, None, timeout)?;
+        let waits = &self.shared.waits;
+        self.writer.flush(self.channel, None, timeout, waits)?;
+        let _waiting = waits.begin(Wait::Receipt);
         return_path.wait_for_pong(self.pings, timeout)?;
         self.meter.wrote(0, start.elapsed());
         Ok(())
@@ -170,7 +174,9 @@ impl Driver<'_> {
             match end {
                 SliceEnd::PassDone => return Ok(()),
                 SliceEnd::TimeIsUp => {}
-                SliceEnd::RateLimit(wait) => self.idle(wait)?,
+                SliceEnd::RateLimit(wait) => {
+                    self.idle(Wait::BandwidthLimit, self.writer.last_progress(), wait)?;
+                }
             }
         }
     }
@@ -253,8 +259,14 @@ impl Driver<'_> {
         }
     }
 
-    /// Waits for the rate limit, unless something happens.
-    pub(super) fn idle(&mut self, time: Duration) -> Result<(), MigrationError> {
+    /// Does nothing for `time`, unless something happens. That is part of a `wait` since `since`.
+    pub(super) fn idle(
+        &mut self,
+        wait: Wait,
+        since: Instant,
+        time: Duration,
+    ) -> Result<(), MigrationError> {
+        let _waiting = self.shared.waits.go_on(wait, since);
         let end = Instant::now() + time;
         loop {
             self.check()?;

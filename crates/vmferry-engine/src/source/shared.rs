@@ -8,6 +8,7 @@ use crate::error::MigrationError;
 use crate::info::{Info, Observer};
 use crate::params::Parameters;
 use crate::status::Status;
+use crate::wait::Waits;
 
 /// How far a migration has gone towards giving the guest away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,7 @@ enum Ownership {
 pub(super) struct Shared {
     pub(super) cancel: CancelToken,
     pub(super) started: Instant,
+    pub(super) waits: Waits,
     observer: Box<dyn Observer>,
     info: Mutex<Info>,
     parameters: Mutex<Parameters>,
@@ -64,6 +66,7 @@ impl Shared {
         Shared {
             cancel,
             started: Instant::now(),
+            waits: Waits::default(),
             observer,
             info: Mutex::new(Info::default()),
             parameters: Mutex::new(parameters),
@@ -80,6 +83,7 @@ impl Shared {
         if !info.status.is_final() {
             info.total_time = self.started.elapsed();
         }
+        info.waiting = self.waits.now();
         info
     }
 

@@ -10,13 +10,16 @@ use super::precopy::Pace;
 use super::return_path::ReturnPath;
 use crate::error::{CONNECTION_LOST, MigrationError};
 use crate::run_state;
+use crate::wait::{Wait, Waits};
 
 impl Driver<'_> {
     /// Sends what is left of the paused guest: pages, then devices.
     pub(super) fn send_the_rest(&mut self, tracker: &DirtyTracker) -> Result<(), MigrationError> {
         self.writer.command(Command::SwitchoverStart);
         // Saving may write to guest memory, so the last look at the dirty log comes after it (law 1).
+        let waiting = self.shared.waits.begin(Wait::DeviceState);
         let mut states = self.guest.save_devices()?;
+        drop(waiting);
         if let Hold::Paused { was, .. } = self.hold {
             states.push(run_state::encode(was));
         }
@@ -49,7 +52,9 @@ impl Driver<'_> {
     fn wait_until_loaded(
         return_path: &ReturnPath,
         timeout: Duration,
+        waits: &Waits,
     ) -> Result<(), MigrationError> {
+        let _waiting = waits.begin(Wait::Loaded);
         match return_path.wait(timeout, "not said that it has loaded the guest")? {
             ReturnPathMessage::HandoverLoaded => Ok(()),
             other => Err(MigrationError::Refused(format!(
@@ -69,7 +74,7 @@ impl Driver<'_> {
             return Ok(());
         };
         let timeout = self.shared.parameters().peer_timeout;
-        let loaded = Self::wait_until_loaded(return_path, timeout);
+        let loaded = Self::wait_until_loaded(return_path, timeout, &self.shared.waits);
         let given_away = loaded.and_then(|()| match self.shared.give_away() {
             true => Ok(()),
             false => Err(MigrationError::Cancelled),
@@ -90,6 +95,7 @@ impl Driver<'_> {
         };
         self.flush_all().map_err(|e| undecided(e.to_string()))?;
         let return_path = self.return_path.as_ref().expect("checked above");
+        let _waiting = self.shared.waits.begin(Wait::Confirmation);
         match return_path.wait(timeout, "not confirmed that the guest runs") {
             Ok(ReturnPathMessage::Shut(0)) => Ok(()),
             Ok(other) => Err(undecided(format!("unexpected answer {other:?}"))),

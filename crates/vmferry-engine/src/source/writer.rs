@@ -8,6 +8,7 @@ use vmferry_wire::{Command, DeviceState, EncodeError, Encoder};
 use crate::error::MigrationError;
 use crate::ram::RamBlock;
 use crate::transport::{Channel, Waited};
+use crate::wait::{Wait, Waits};
 
 /// `IOV_MAX`: how many pieces one `writev` takes.
 const MAX_PIECES: usize = 1024;
@@ -62,6 +63,11 @@ impl StreamWriter {
         self.written
     }
 
+    /// When the channel has last taken something.
+    pub(super) fn last_progress(&self) -> Instant {
+        self.last_progress
+    }
+
     /// Appends whatever `encode` puts out.
     pub(super) fn put<T>(&mut self, encode: impl FnOnce(&mut Encoder, &mut Vec<u8>) -> T) -> T {
         debug_assert!(self.pieces.is_empty(), "a batch is being flushed");
@@ -105,6 +111,7 @@ impl StreamWriter {
         channel: &Channel,
         deadline: Option<Instant>,
         peer_timeout: Duration,
+        waits: &Waits,
     ) -> Result<Flushed, MigrationError> {
         let broken = |source| MigrationError::Connection {
             peer: "destination",
@@ -140,6 +147,7 @@ impl StreamWriter {
                 }
                 wait = wait.min(left);
             }
+            let _waiting = waits.go_on(Wait::Transmission, self.last_progress);
             match channel.wait_writable(wait).map_err(broken)? {
                 Waited::Ready | Waited::TimedOut => {}
             }

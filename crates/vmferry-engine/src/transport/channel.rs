@@ -103,6 +103,18 @@ impl Channel {
         }
     }
 
+    /// Reads what there is, without waiting: 0 at the end of the stream, `None` if there is nothing now.
+    pub fn read_some(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        loop {
+            match rustix::io::read(&self.fd, &mut *buf) {
+                Ok(n) => return Ok(Some(n)),
+                Err(rustix::io::Errno::AGAIN) => return Ok(None),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
     /// Waits until the channel can be written.
     pub fn wait_writable(&self, timeout: Duration) -> io::Result<Waited> {
         self.wait(PollFlags::OUT, Some(timeout))
@@ -192,14 +204,10 @@ impl Channel {
 impl Read for &Channel {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
-            match rustix::io::read(&self.fd, &mut *buf) {
-                Ok(n) => return Ok(n),
-                Err(rustix::io::Errno::AGAIN) => {
-                    self.wait_readable(None)?;
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-            }
+            match self.read_some(buf)? {
+                Some(n) => return Ok(n),
+                None => self.wait_readable(None)?,
+            };
         }
     }
 }

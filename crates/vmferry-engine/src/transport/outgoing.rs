@@ -14,6 +14,7 @@ use tempfile::NamedTempFile;
 use super::channel::{Channel, cancelled};
 use super::{TransportError, Uri, tcp, unix};
 use crate::cancel::CancelToken;
+use crate::wait::{Wait, Waits};
 
 /// An outgoing transport: open for writing until [`finish`](Self::finish)ed or dropped.
 pub struct Outgoing {
@@ -89,6 +90,7 @@ impl Outgoing {
         uri: &Uri,
         timeout: Duration,
         cancel: &CancelToken,
+        waits: &Waits,
     ) -> Result<Self, TransportError> {
         let action = match uri {
             Uri::Tcp { .. } | Uri::Unix(_) => "connect to",
@@ -97,7 +99,7 @@ impl Outgoing {
             Uri::File(_) => "create",
         };
         let (channel, finish) =
-            Self::open_io(uri, timeout, cancel).map_err(TransportError::on(action, uri))?;
+            Self::open_io(uri, timeout, cancel, waits).map_err(TransportError::on(action, uri))?;
         Ok(Outgoing {
             uri: uri.clone(),
             channel,
@@ -110,14 +112,21 @@ impl Outgoing {
         uri: &Uri,
         timeout: Duration,
         cancel: &CancelToken,
+        waits: &Waits,
     ) -> io::Result<(Channel, Finish)> {
         let plain = |fd: OwnedFd| Ok((Channel::new(fd, cancel.clone())?, Finish::Nothing));
         match uri {
             Uri::Tcp { host, port } => {
+                let resolving = waits.begin(Wait::NameResolution);
                 let addresses = tcp::resolve(host, *port, "localhost")?;
+                drop(resolving);
+                let _connecting = waits.begin(Wait::Connection);
                 Ok((tcp::connect(&addresses, timeout, cancel)?, Finish::Nothing))
             }
-            Uri::Unix(path) => plain(unix::connect(path, timeout, cancel)?),
+            Uri::Unix(path) => {
+                let _connecting = waits.begin(Wait::Connection);
+                plain(unix::connect(path, timeout, cancel)?)
+            }
             Uri::Fd(fd) => plain(inherited(*fd)?),
             Uri::Exec(command) => {
                 let mut child = RunningCommand::start(command, Stdio::piped(), Stdio::inherit())?;
@@ -125,7 +134,10 @@ impl Outgoing {
                 let channel = Channel::new(input.into(), cancel.clone())?;
                 Ok((channel, Finish::Wait(child)))
             }
-            Uri::File(path) => open_file(path, cancel),
+            Uri::File(path) => {
+                let _opening = waits.begin(Wait::Open);
+                open_file(path, cancel)
+            }
         }
     }
 
@@ -140,24 +152,30 @@ impl Outgoing {
     /// A command's success is its word that the guest is safe; when it fails, the guest goes on here, so a
     /// command that starts the guest elsewhere must not fail afterwards. When the user cancels, a command is ended, and
     /// what it had done with the guest by then is not known.
-    pub fn finish(self) -> Result<(), TransportError> {
+    pub fn finish(self, waits: &Waits) -> Result<(), TransportError> {
         let uri = self.uri.clone();
-        self.finish_io()
+        self.finish_io(waits)
             .map_err(TransportError::on("complete", &uri))
     }
 
-    fn finish_io(self) -> io::Result<()> {
+    fn finish_io(self, waits: &Waits) -> io::Result<()> {
+        let syncing = waits.begin(Wait::Storage);
         self.channel.sync()?;
+        drop(syncing);
         // A command ends when its input does, and this is the only descriptor of it.
         drop(self.channel);
         match self.finish {
             Finish::Nothing => Ok(()),
             Finish::Persist(..) if self.cancel.is_cancelled() => Err(cancelled()),
             Finish::Persist(file, path) => {
+                let _syncing = waits.begin(Wait::Storage);
                 file.persist(&path)?;
                 File::open(parent(&path))?.sync_all()
             }
-            Finish::Wait(mut command) => command.wait(&self.cancel),
+            Finish::Wait(mut command) => {
+                let _waiting = waits.begin(Wait::Command);
+                command.wait(&self.cancel)
+            }
         }
     }
 }
@@ -220,7 +238,10 @@ mod tests {
         let path = dir.path().join("snapshot");
         std::fs::write(&path, "old").unwrap();
         let cancel = CancelToken::new().unwrap();
-        let open = || Outgoing::open(&Uri::File(path.clone()), Duration::from_secs(1), &cancel);
+        let open = || {
+            let uri = Uri::File(path.clone());
+            Outgoing::open(&uri, Duration::from_secs(1), &cancel, &Waits::default())
+        };
         let out = open().unwrap();
         write_all(out.channel(), b"half");
         drop(out);
@@ -228,7 +249,7 @@ mod tests {
         assert_eq!(dir.path().read_dir().unwrap().count(), 1);
         let out = open().unwrap();
         write_all(out.channel(), b"new");
-        out.finish().unwrap();
+        out.finish(&Waits::default()).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
     }
 
@@ -236,10 +257,12 @@ mod tests {
     fn a_failing_command_is_an_error_and_a_cancelled_one_is_ended() {
         let cancel = CancelToken::new().unwrap();
         let open = |command: &str| {
-            Outgoing::open(&Uri::Exec(command.into()), Duration::from_secs(1), &cancel).unwrap()
+            let uri = Uri::Exec(command.into());
+            Outgoing::open(&uri, Duration::from_secs(1), &cancel, &Waits::default()).unwrap()
         };
-        open("cat > /dev/null").finish().unwrap();
-        let error = open("exit 3").finish().unwrap_err().to_string();
+        let finish = |out: Outgoing| out.finish(&Waits::default());
+        finish(open("cat > /dev/null")).unwrap();
+        let error = finish(open("exit 3")).unwrap_err().to_string();
         assert!(
             error.contains("exec:exit 3") && error.contains("exit status: 3"),
             "{error}"
@@ -247,7 +270,7 @@ mod tests {
         let start = Instant::now();
         let slow = open("exec sleep 60");
         cancel.cancel();
-        assert!(slow.finish().is_err());
+        assert!(finish(slow).is_err());
         assert!(start.elapsed() < Duration::from_secs(10));
     }
 }

@@ -18,3 +18,4 @@ mod one_runner;
 mod pausing;
 mod peer_timeout;
 mod steering;
+mod waits;

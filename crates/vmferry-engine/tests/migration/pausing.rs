@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use vmferry_dirty::DirtyLog;
 use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError, PauseError};
-use vmferry_engine::{MigrationError, RamBlock, Source};
+use vmferry_engine::{MigrationError, RamBlock, Source, Wait};
 
 use crate::common::{Watched, any_port, listen, move_on, parameters, running_guest, wait_until};
 use crate::toy::Quiet;
@@ -151,6 +151,8 @@ fn a_preparation_that_hangs_can_be_cancelled() {
     wait_until("the preparation", || {
         here.flushes.load(Ordering::Relaxed) == 1
     });
+    let waiting = outgoing.info().waiting.map(|waiting| waiting.wait);
+    assert_eq!(waiting, Some(Wait::PausePreparation));
     let start = Instant::now();
     outgoing.cancel().unwrap();
     let end = outgoing.wait();

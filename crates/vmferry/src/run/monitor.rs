@@ -10,7 +10,7 @@ use vmferry_control::schema::{
     ImageInfo, KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
     MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
     MigrationParameters, MigrationRamStats, MigrationStatus, NameInfo, QueryDirtyRate, RunState,
-    ShutdownCause, SocketAddress, StatusInfo,
+    ShutdownCause, SocketAddress, StatusInfo, WaitingFor,
 };
 use vmferry_control::{ErrorClass, Handler, QmpError};
 use vmferry_engine::{ArmingChunk, Info, Parameters, Status};
@@ -358,6 +358,11 @@ fn migration_info(info: Info) -> MigrationInfo {
             bitmap_us: micros(info.tracking.bitmap),
             arming_us: micros(info.tracking.arming),
             sync_us: micros(info.tracking.sync),
+        }),
+        x_vmferry_waiting_for: info.waiting.map(|waiting| WaitingFor {
+            name: waiting.wait.as_str().to_owned(),
+            description: waiting.wait.to_string(),
+            time: millis(waiting.since.elapsed()),
         }),
         x_vmferry_bandwidth: (info.bandwidth > 0).then_some(info.bandwidth),
         ..MigrationInfo::default()

@@ -24,3 +24,4 @@ mod networks;
 mod qemu_qmp;
 mod there_and_back;
 mod transports;
+mod waits;

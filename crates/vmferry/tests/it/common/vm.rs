@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use vmferry_control::schema::{MigrationInfo, MigrationStatus, RunState, SocketAddress};
 use vmferry_control::{ClientError, QmpClient};
 
-use super::command::{self, Finished, VMFERRY};
+use super::command::{self, Finished, Running, VMFERRY};
 use super::lab::Lab;
 use super::{PATIENCE, eventually};
 
@@ -136,7 +136,12 @@ impl Vm {
 
     /// `vmferry COMMAND` for this machine, to its end.
     pub fn command(&self, command: &str, more: &[&str]) -> Finished {
-        command::on_vm(command, &self.socket, more).finish_within(PATIENCE)
+        self.start_command(command, more).finish_within(PATIENCE)
+    }
+
+    /// Starts `vmferry COMMAND` for this machine.
+    pub fn start_command(&self, command: &str, more: &[&str]) -> Running {
+        command::on_vm(command, &self.socket, more)
     }
 
     pub fn set_parameters(&mut self, parameters: Value) {
