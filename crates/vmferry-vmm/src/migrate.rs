@@ -1,9 +1,7 @@
 //! The machine as the migration engine sees it.
 
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, MutexGuard};
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 use vm_superio::SerialState;
@@ -13,7 +11,9 @@ use vmferry_engine::seam::{
 };
 
 use crate::error::MachineError;
-use crate::machine::{Handover, Lifecycle, Machine, STANDSTILL_LIMIT, wrong_state};
+use crate::machine::{
+    Handover, Lifecycle, Machine, MachineEvent, STANDSTILL_LIMIT, wrong_state,
+};
 use crate::run_state::RunState;
 use crate::state::Sections;
 use crate::state::clock::{self, ClockState};
@@ -25,7 +25,7 @@ use crate::state::power::{self, PowerState};
 use crate::state::serial::{self, SavedSerial};
 use crate::state::virtio;
 use crate::vcpu::GuestRequest;
-use crate::virtio::{BalloonPort, Disk, SavedTransport};
+use crate::virtio::{BalloonPort, Disk, SavedTransport, Settled};
 
 /// Bytes of a description; that of the largest machine is a fraction of this.
 const LONGEST_DESCRIPTION: usize = 64 << 10;
@@ -71,7 +71,7 @@ impl Guest for Machine {
 
     /// Most of what the disks' guest has written is safe before it stands still; the rest follows when it does.
     fn prepare_pause(&self) -> Result<(), GuestError> {
-        settle(self.devices.disks()).map_err(GuestError::new)
+        settle(self.devices.disks(), None).map_err(GuestError::new)
     }
 
     fn pause(&self, limit: Duration) -> Result<Activity, PauseError> {
@@ -89,32 +89,32 @@ impl Guest for Machine {
             let error = wrong_state("migrate the guest", before, hint);
             return Err(GuestError::new(error).into());
         }
+        let limit = limit.min(STANDSTILL_LIMIT);
+        let end = Instant::now() + limit;
         if activity == Activity::Running {
-            let limit = limit.min(STANDSTILL_LIMIT);
-            self.stop(&mut lifecycle, RunState::FinishMigrate, limit)
-                .map_err(|error| match error {
-                    MachineError::Busy(why) => PauseError::Busy(why),
-                    error => GuestError::new(error).into(),
-                })?;
+            self.try_to_hold(limit).map_err(pause_error)?;
             if let Some(GuestRequest::InternalError { vcpu, reason }) = self.gate.pending() {
                 let why = GuestError(format!("cannot migrate the guest: vCPU {vcpu}: {reason}"));
                 self.fail(&mut lifecycle, vcpu, reason);
                 return Err(why.into());
             }
         }
-        match self.read_clocks() {
+        // Nothing is in flight, so what was not flushed yet is all that there will be.
+        let clocks = settle(self.devices.disks(), Some(end)).and_then(|()| self.read_clocks());
+        match clocks {
             Ok(clocks) => {
                 lifecycle.state = RunState::FinishMigrate;
                 lifecycle.handover = Handover::Leaving { before, clocks };
+                if activity == Activity::Running {
+                    self.emit(MachineEvent::Stop);
+                }
                 Ok(activity)
             }
             Err(error) => {
-                lifecycle.state = before;
                 if activity == Activity::Running {
-                    lifecycle.state = RunState::Paused;
-                    self.run(&mut lifecycle).map_err(GuestError::new)?;
+                    self.go();
                 }
-                Err(GuestError::new(error).into())
+                Err(pause_error(error))
             }
         }
     }
@@ -167,7 +167,6 @@ impl Guest for Machine {
         for (number, slot) in (0..).zip(self.devices.slots()) {
             sections.push(virtio::section(slot.kind()).encode(number, &slot.save())?);
         }
-        self.settle_disks()?;
         // From here on the destination may need the disks. Whoever lets the guest go on, here or there, locks them
         // first.
         for disk in self.devices.disks() {
@@ -270,9 +269,35 @@ impl Guest for Machine {
     }
 }
 
-/// Makes everything safe that the guest has written.
-fn settle(disks: &[Arc<Disk>]) -> Result<(), MachineError> {
-    disks.iter().try_for_each(|disk| disk.settle())
+/// Makes everything safe that the guest has written so far, on all disks at the same time, until `end` at the latest if
+/// there is one. A flush that takes longer goes on, and harms nobody.
+fn settle(disks: &[Arc<Disk>], end: Option<Instant>) -> Result<(), MachineError> {
+    let wanted = disks
+        .iter()
+        .map(Disk::begin_to_settle)
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut busy = Vec::new();
+    for (disk, wanted) in disks.iter().zip(wanted) {
+        match disk.settled_by(wanted, end)? {
+            Settled::Safe => {}
+            Settled::NotYet => busy.push(format!("'{}' ({})", disk.id(), disk.path().display())),
+        }
+    }
+    match busy.is_empty() {
+        true => Ok(()),
+        false => Err(MachineError::Busy(format!(
+            "cannot stop the guest: what it has written to its disks is not safe in time; flushes under way: {}; look \
+             at the host's storage",
+            busy.join(", ")
+        ))),
+    }
+}
+
+fn pause_error(error: MachineError) -> PauseError {
+    match error {
+        MachineError::Busy(why) => PauseError::Busy(why),
+        error => GuestError::new(error).into(),
+    }
 }
 
 impl Machine {
@@ -314,26 +339,6 @@ impl Machine {
         }
         self.announce_arrival();
         Ok(lifecycle)
-    }
-
-    /// Makes safe what the guest has written since [`prepare_pause`](Guest::prepare_pause). It stands still: storage that
-    /// hangs is left to the thread that waits for it.
-    fn settle_disks(&self) -> Result<(), GuestError> {
-        let disks = self.devices.disks().to_vec();
-        if disks.is_empty() {
-            return Ok(());
-        }
-        let (over, result) = sync_channel(1);
-        thread::Builder::new()
-            .name("flush".into())
-            .spawn(move || over.send(settle(&disks)))
-            .map_err(|e| GuestError(format!("no thread to flush the guest's disks: {e}")))?;
-        match result.recv_timeout(STANDSTILL_LIMIT) {
-            Ok(result) => result.map_err(GuestError::new),
-            Err(_) => Err(GuestError(format!(
-                "cannot flush the guest's disks within {STANDSTILL_LIMIT:?}; look at the host's storage"
-            ))),
-        }
     }
 
     fn read_clocks(&self) -> Result<ClockState, MachineError> {

@@ -73,7 +73,10 @@ impl Machine {
         let mut lifecycle = self.lifecycle();
         let hint = match lifecycle.state {
             RunState::Running => {
-                return self.stop(&mut lifecycle, RunState::Paused, STANDSTILL_LIMIT);
+                self.try_to_hold(STANDSTILL_LIMIT)?;
+                lifecycle.state = RunState::Paused;
+                self.emit(MachineEvent::Stop);
+                return Ok(());
             }
             RunState::FinishMigrate => {
                 "a migration has stopped it already; wait for its end, or cancel it"
@@ -177,21 +180,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops running vCPUs and devices. Instructions and requests are complete then, and nothing writes to guest memory.
-    /// If that takes longer than `limit`, everything goes on instead.
-    pub(crate) fn stop(
-        &self,
-        lifecycle: &mut Lifecycle,
-        state: RunState,
-        limit: Duration,
-    ) -> Result<(), MachineError> {
-        self.try_to_hold(limit)?;
-        lifecycle.state = state;
-        self.emit(MachineEvent::Stop);
-        Ok(())
-    }
-
-    fn go(&self) {
+    pub(crate) fn go(&self) {
         self.devices.go();
         self.gate.set(Wanted::Run);
         self.bus.serial.accept_input(true);
@@ -204,8 +193,9 @@ impl Machine {
         self.devices.wait_until_held();
     }
 
-    /// Brings everything to a stand within `limit`, or lets it go on.
-    fn try_to_hold(&self, limit: Duration) -> Result<(), MachineError> {
+    /// Stops running vCPUs and devices. Instructions and requests are complete then, and nothing writes to guest memory.
+    /// If that takes longer than `limit`, everything goes on instead.
+    pub(crate) fn try_to_hold(&self, limit: Duration) -> Result<(), MachineError> {
         self.ask_to_hold();
         let end = Instant::now() + limit;
         // A vCPU may wait for a device.

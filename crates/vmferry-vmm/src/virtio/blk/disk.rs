@@ -7,8 +7,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::flush::{Safety, Writes};
 use super::lock::{self, Answer};
-use super::transfer::Bounce;
+use super::transfer::{Bounce, Durability};
 use crate::config::{Access, Caching, DiskConfig};
 use crate::error::MachineError;
 
@@ -33,6 +34,7 @@ pub(crate) struct Disk {
     /// Whether a flush of cached writes has failed. Linux tells a file of a page that it could not write once, and takes it for
     /// clean afterwards (fsync(2)): no later success means anything, whoever was told, the guest or a migration.
     lost_writes: AtomicBool,
+    pub(super) safety: Safety,
 }
 
 impl AsRawFd for Disk {
@@ -89,6 +91,7 @@ impl Disk {
             block_size,
             locked: AtomicBool::new(false),
             lost_writes: AtomicBool::new(false),
+            safety: Safety::new(),
         })
     }
 
@@ -105,6 +108,7 @@ impl Disk {
             block_size: SECTOR,
             locked: AtomicBool::new(false),
             lost_writes: AtomicBool::new(false),
+            safety: Safety::new(),
         }
     }
 
@@ -182,15 +186,7 @@ impl Disk {
         }
     }
 
-    /// Makes everything safe that was written to a disk that may be written to. The guest may run.
-    pub fn settle(&self) -> Result<(), MachineError> {
-        match self.access {
-            Access::ReadOnly => Ok(()),
-            Access::ReadWrite => self.flush().map_err(|source| self.failed("flush", source)),
-        }
-    }
-
-    fn failed(&self, action: &str, source: io::Error) -> MachineError {
+    pub(super) fn failed(&self, action: &str, source: io::Error) -> MachineError {
         let action = format!("{action} the disk '{}' ({})", self.id, self.path.display());
         MachineError::Os { action, source }
     }
@@ -201,9 +197,15 @@ impl Disk {
         unsafe { libc::posix_fadvise(self.file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
     }
 
-    /// Makes everything that was written safe.
+    /// Makes everything safe that was written before.
     pub fn flush(&self) -> io::Result<()> {
-        self.hear_flush(self.sync())
+        let covered = self.covered_now();
+        self.hear_flush(covered, self.sync())
+    }
+
+    /// The writes that a flush which begins now makes safe.
+    pub fn covered_now(&self) -> Writes {
+        self.safety.covered_now()
     }
 
     /// Asks the kernel to make everything that was written safe. What its answer means, [`hear_flush`](Self::hear_flush)
@@ -212,10 +214,23 @@ impl Disk {
         self.file.sync_data()
     }
 
-    /// How a flush has ended that the kernel answers so.
-    pub fn hear_flush(&self, answer: io::Result<()>) -> io::Result<()> {
+    /// How a flush has ended that the kernel answers so. It began when there were the writes `covered`.
+    pub fn hear_flush(&self, covered: Writes, answer: io::Result<()>) -> io::Result<()> {
         self.learn(&answer);
-        answer.and_then(|()| self.has_all_writes())
+        answer.and_then(|()| self.has_all_writes())?;
+        self.safety.flushed(covered);
+        Ok(())
+    }
+
+    /// Hears the kernel's answer to a step of a write that was to reach as much as `durability` says.
+    pub(super) fn hear_write<T>(&self, durability: Durability, answer: &io::Result<T>) {
+        match durability {
+            Durability::Safe if answer.is_ok() => return,
+            Durability::Safe => self.learn_from_write(answer),
+            Durability::Written => {}
+        }
+        // One that has failed may have changed something.
+        self.safety.written();
     }
 
     /// Learns from the kernel's answer to a flush.
@@ -232,7 +247,7 @@ impl Disk {
     }
 
     /// The same of a write that was to be safe at once: one that finds no room has not begun.
-    pub fn learn_from_write<T>(&self, answer: &io::Result<T>) {
+    fn learn_from_write<T>(&self, answer: &io::Result<T>) {
         let refused = answer.as_ref().is_err_and(|error| {
             let refusals = [libc::ENOSPC, libc::EDQUOT, libc::EFBIG, libc::EINVAL];
             error.raw_os_error().is_some_and(|n| refusals.contains(&n))
@@ -252,11 +267,13 @@ impl Disk {
 
     /// Discards `len` bytes: they read as anything afterwards, and need no space.
     pub fn discard(&self, at: u64, len: u64) -> io::Result<()> {
-        match self.allocate(libc::FALLOC_FL_PUNCH_HOLE, at, len) {
+        let result = match self.allocate(libc::FALLOC_FL_PUNCH_HOLE, at, len) {
             // It is only a hint.
             Err(e) if cannot(&e) => Ok(()),
             result => result,
-        }
+        };
+        self.safety.written();
+        result
     }
 
     /// Makes `len` bytes zero; with `unmap` they may give up their space.
@@ -265,7 +282,7 @@ impl Disk {
             true => libc::FALLOC_FL_PUNCH_HOLE,
             false => libc::FALLOC_FL_ZERO_RANGE,
         };
-        match self.allocate(mode, at, len) {
+        let result = match self.allocate(mode, at, len) {
             Err(e) if cannot(&e) => {
                 let zeroes = Bounce::new(ZEROES);
                 (at..at + len).step_by(ZEROES).try_for_each(|from| {
@@ -274,7 +291,9 @@ impl Disk {
                 })
             }
             result => result,
-        }
+        };
+        self.safety.written();
+        result
     }
 
     fn allocate(&self, mode: i32, at: u64, len: u64) -> io::Result<()> {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::disk::Disk;
+use super::flush::Writes;
 use super::ring::Ring;
 use super::transfer::{Direction, Durability, Transfer};
 use crate::memory::GuestMemory;
@@ -30,8 +31,8 @@ pub(super) struct Job {
 
 pub(super) enum Work {
     Transfer(Transfer),
-    /// Makes the writes safe that were done before.
-    Flush,
+    /// Makes these writes safe, which were done before.
+    Flush(Writes),
 }
 
 /// A job that is over.
@@ -45,7 +46,7 @@ impl Job {
     pub fn bytes(&self) -> u64 {
         match &self.work {
             Work::Transfer(transfer) => transfer.len(),
-            Work::Flush => 0,
+            Work::Flush(_) => 0,
         }
     }
 
@@ -53,14 +54,14 @@ impl Job {
     pub fn hear(&mut self, disk: &Disk, answer: io::Result<usize>) -> ControlFlow<io::Result<()>> {
         match &mut self.work {
             Work::Transfer(transfer) => {
-                if transfer.direction == Direction::ToDisk(Durability::Safe) {
-                    disk.learn_from_write(&answer);
+                if let Direction::ToDisk(durability) = transfer.direction {
+                    disk.hear_write(durability, &answer);
                 }
                 transfer.hear(answer)
             }
-            Work::Flush => match answer {
+            Work::Flush(covered) => match answer {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => ControlFlow::Continue(()),
-                answer => ControlFlow::Break(disk.hear_flush(answer.map(drop))),
+                answer => ControlFlow::Break(disk.hear_flush(*covered, answer.map(drop))),
             },
         }
     }
@@ -134,7 +135,7 @@ impl Engine for Synchronous {
         loop {
             let answer = match &job.work {
                 Work::Transfer(transfer) => step(&self.0, transfer),
-                Work::Flush => self.0.sync().map(|()| 0),
+                Work::Flush(_) => self.0.sync().map(|()| 0),
             };
             if let ControlFlow::Break(outcome) = job.hear(&self.0, answer) {
                 return Some(Done { job, outcome });

@@ -6,6 +6,7 @@
 //! | `transfer` | bytes on their way between the disk and guest memory |
 //! | `engine`, `ring` | what carries requests out: io_uring, or the device's thread itself |
 //! | `disk`, `lock` | the file of the host, and who may use it |
+//! | `flush` | what of a disk is safe, and flushes that take too long |
 //!
 //! # In flight
 //!
@@ -28,6 +29,7 @@ use crate::memory::GuestMemory;
 
 mod disk;
 mod engine;
+mod flush;
 mod lock;
 mod request;
 mod ring;
@@ -36,6 +38,7 @@ mod transfer;
 pub(crate) use disk::Disk;
 use disk::SECTOR;
 pub use engine::DiskIo;
+pub(crate) use flush::Settled;
 use engine::{Done, Engine, Job, Work};
 use request::{
     HEADER, MOST_DISCARDED, MOST_SEGMENTS, MOST_ZEROED, Refusal, Request, STATUS, Segment,
@@ -109,7 +112,7 @@ impl Block {
                 return self.carry_out(requests, Job { chain, work });
             }
             Ok(Request::Flush) => {
-                let work = Work::Flush;
+                let work = Work::Flush(self.disk.covered_now());
                 return self.carry_out(requests, Job { chain, work });
             }
             Ok(Request::Read { .. } | Request::Write { .. }) => Ok(()),
@@ -168,7 +171,7 @@ impl Block {
     fn conclude(&self, requests: &mut Requests<'_>, done: &Done) -> Result<(), Broken> {
         done.arrive(requests.memory);
         let (what, at) = match &done.job.work {
-            Work::Flush => ("flush", 0),
+            Work::Flush(_) => ("flush", 0),
             Work::Transfer(transfer) => match transfer.direction {
                 Direction::FromDisk => ("read", transfer.at()),
                 Direction::ToDisk(_) => ("write", transfer.at()),

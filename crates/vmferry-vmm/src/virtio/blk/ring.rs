@@ -64,7 +64,7 @@ impl Ring {
     fn push(&mut self, key: usize) {
         let fd = types::Fd(self.disk.as_raw_fd());
         let entry: squeue::Entry = match &self.jobs[key].work {
-            Work::Flush => opcode::Fsync::new(fd)
+            Work::Flush(_) => opcode::Fsync::new(fd)
                 .flags(types::FsyncFlags::DATASYNC)
                 .build(),
             Work::Transfer(transfer) => {
