@@ -117,7 +117,7 @@ pub trait Guest: Send + Sync {
     fn check_description(&self, source: &DeviceState) -> Result<(), GuestError>;
 
     /// The guest is about to be paused: work that shortens the pause, while the guest still runs. Flushing its disks is
-    /// such work, of which little is then left for [`save_devices`](Self::save_devices). May take its time; what the
+    /// such work, of which little is then left for [`pause`](Self::pause). May take its time; what the
     /// guest writes to its memory meanwhile is sent before the pause. Called once before each attempt to pause it, or twice
     /// if it takes long, each time from a thread of its own: it is not waited for when the user cancels the migration.
     fn prepare_pause(&self) -> Result<(), GuestError> {
@@ -128,7 +128,8 @@ pub trait Guest: Send + Sync {
     /// [`resume`](Self::resume) the VMM lets nobody else start the guest.
     ///
     /// The guest stands still from the call on, so an implementation that has to wait (for requests that a disk has not
-    /// finished, say) gives up after `limit`: an error leaves the guest running.
+    /// finished, say, or for a flush of what was written since [`prepare_pause`](Self::prepare_pause)) gives up after `limit`:
+    /// an error leaves the guest running.
     fn pause(&self, limit: Duration) -> Result<Activity, PauseError>;
 
     /// Undoes [`pause`](Self::pause) after a migration that failed: the guest goes on as it was before

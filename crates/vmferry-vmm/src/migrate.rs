@@ -11,9 +11,7 @@ use vmferry_engine::seam::{
 };
 
 use crate::error::MachineError;
-use crate::machine::{
-    Handover, Lifecycle, Machine, MachineEvent, STANDSTILL_LIMIT, wrong_state,
-};
+use crate::machine::{Handover, Lifecycle, Machine, MachineEvent, STANDSTILL_LIMIT, wrong_state};
 use crate::run_state::RunState;
 use crate::state::Sections;
 use crate::state::clock::{self, ClockState};

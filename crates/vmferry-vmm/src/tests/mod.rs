@@ -14,10 +14,13 @@ use crate::{Backing, DirtyLogChoice, Machine, MachineConfig, MachineEvent, OnRes
 mod balloon;
 mod devices;
 mod dirty_log;
+mod disk_driver;
+mod flushes;
 mod guest;
 mod life;
 mod migration;
 mod payload;
+mod storage;
 
 /// Longest time that anything in a test may take.
 const PATIENCE: Duration = Duration::from_secs(20);

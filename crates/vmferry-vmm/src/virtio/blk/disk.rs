@@ -223,7 +223,7 @@ impl Disk {
     }
 
     /// Hears the kernel's answer to a step of a write that was to reach as much as `durability` says.
-    pub(super) fn hear_write<T>(&self, durability: Durability, answer: &io::Result<T>) {
+    pub fn hear_write<T>(&self, durability: Durability, answer: &io::Result<T>) {
         match durability {
             Durability::Safe if answer.is_ok() => return,
             Durability::Safe => self.learn_from_write(answer),

@@ -63,7 +63,9 @@ impl Safety {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no holder of a disk's state panics")
+        self.state
+            .lock()
+            .expect("no holder of a disk's state panics")
     }
 
     /// The host has answered a write. Comes before the driver hears of it.

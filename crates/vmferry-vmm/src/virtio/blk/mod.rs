@@ -38,12 +38,13 @@ mod transfer;
 pub(crate) use disk::Disk;
 use disk::SECTOR;
 pub use engine::DiskIo;
-pub(crate) use flush::Settled;
 use engine::{Done, Engine, Job, Work};
+pub(crate) use flush::Settled;
 use request::{
     HEADER, MOST_DISCARDED, MOST_SEGMENTS, MOST_ZEROED, Refusal, Request, STATUS, Segment,
 };
-use transfer::{Direction, Durability, Transfer};
+pub(crate) use transfer::Durability;
+use transfer::{Direction, Transfer};
 
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE];

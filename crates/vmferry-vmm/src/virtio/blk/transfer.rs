@@ -20,7 +20,7 @@ pub(super) enum Direction {
 
 /// What a write that is done has reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Durability {
+pub(crate) enum Durability {
     /// The host: a flush makes it safe.
     Written,
     /// The medium.

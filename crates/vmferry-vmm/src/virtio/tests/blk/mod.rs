@@ -10,7 +10,9 @@ use virtio_bindings::virtio_blk as blk;
 
 use super::*;
 use crate::config::{Access, Caching, DiskConfig};
-use crate::virtio::{Block, Disk, DiskIo};
+use crate::error::MachineError;
+use crate::virtio::blk::Durability;
+use crate::virtio::{Block, Disk, DiskIo, Settled};
 
 mod in_flight;
 
@@ -64,8 +66,8 @@ impl Image {
     }
 }
 
-fn bench(ram: &GuestRam, disk: Disk, io: DiskIo) -> Bench {
-    let (disk, kicks) = (Arc::new(disk), Kicks::new(Block::QUEUES).unwrap());
+fn bench(ram: &GuestRam, disk: impl Into<Arc<Disk>>, io: DiskIo) -> Bench {
+    let (disk, kicks) = (disk.into(), Kicks::new(Block::QUEUES).unwrap());
     let device = match io {
         DiskIo::IoUring => Block::new(disk, &kicks),
         DiskIo::Synchronous => Block::synchronous(disk),
@@ -98,10 +100,10 @@ fn a_failed_flush_is_never_forgotten() {
     let failure = || Err::<(), _>(io::Error::from_raw_os_error(libc::EIO));
     with_each(|io| {
         let (ram, image) = (ram(), Image::new());
-        let disk = image.disk();
-        disk.settle().unwrap();
+        let disk = Arc::new(image.disk());
+        settle(&disk).unwrap();
         disk.learn(&failure());
-        let why = disk.settle().unwrap_err().to_string();
+        let why = settle(&disk).unwrap_err().to_string();
         assert!(
             why.contains("flush the disk 'root'") && why.contains("lost"),
             "{why}"
@@ -117,9 +119,39 @@ fn a_failed_flush_is_never_forgotten() {
     direct.has_all_writes().unwrap();
     // And an interrupted flush is tried again.
     let image = Image::new();
-    let disk = image.disk();
+    let disk = Arc::new(image.disk());
     disk.learn(&Err::<(), _>(io::Error::from_raw_os_error(libc::EINTR)));
-    disk.settle().unwrap();
+    settle(&disk).unwrap();
+}
+
+/// What the host has answered after a flush began may not be in it.
+#[test]
+fn a_flush_makes_safe_what_was_written_before_it() {
+    // A pipe cannot be flushed, which tells whether that was tried.
+    let (pipe, _) = std::io::pipe().unwrap();
+    let file = File::from(OwnedFd::from(pipe));
+    let disk = Arc::new(Disk::of_pipe(file, SECTORS, Caching::Direct));
+    settle(&disk).unwrap();
+    let covered = disk.covered_now();
+    disk.hear_write(Durability::Written, &Ok(512));
+    disk.hear_flush(covered, Ok(())).unwrap();
+    settle(&disk).unwrap_err();
+    disk.hear_flush(disk.covered_now(), Ok(())).unwrap();
+    settle(&disk).unwrap();
+    disk.hear_write(Durability::Safe, &Ok(512));
+    settle(&disk).unwrap();
+    let failed: io::Result<()> = Err(io::Error::from_raw_os_error(libc::EIO));
+    for durability in [Durability::Written, Durability::Safe] {
+        disk.hear_write(durability, &failed);
+        settle(&disk).unwrap_err();
+        disk.hear_flush(disk.covered_now(), Ok(())).unwrap();
+    }
+}
+
+/// Makes everything safe that was written.
+fn settle(disk: &Arc<Disk>) -> Result<Settled, MachineError> {
+    let wanted = disk.begin_to_settle()?;
+    disk.settled_by(wanted, None)
 }
 
 /// Puts a request into the ring.
