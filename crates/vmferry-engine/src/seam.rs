@@ -151,6 +151,13 @@ pub trait Guest: Send + Sync {
     /// error names the section and says what did not fit.
     fn load_devices(&self, states: &[DeviceState]) -> Result<(), GuestError>;
 
+    /// Nobody hands this guest over: its stream is a file, or comes from a command, and may have been used before. Refuses
+    /// what does not fit it any longer, such as a disk that was written to since; the error says which. Called after
+    /// [`load_devices`](Self::load_devices).
+    fn check_snapshot(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     /// Starts a guest that arrived. `paused_for` is how long it stood still as seen from here: never longer
     /// than the true downtime, so that its clocks may be moved on by it. With [`Activity::Paused`] the guest
     /// arrives paused, and only becomes its user's to start.

@@ -37,7 +37,7 @@ mod network;
 mod peripherals;
 
 pub use event::{MachineEvent, OnEvent, ShutdownCause};
-pub(crate) use lifecycle::{Handover, Lifecycle, STANDSTILL_LIMIT, wrong_state};
+pub(crate) use lifecycle::{ChangedDisks, Handover, Lifecycle, STANDSTILL_LIMIT, wrong_state};
 pub use peripherals::{BalloonInfo, DiskInfo, VcpuInfo};
 
 /// How everything is when the machine is switched on, to go back to at a reset.
@@ -161,6 +161,7 @@ impl Machine {
                 state,
                 handover: Handover::None,
                 description: offers.clone(),
+                changed_disks: ChangedDisks::Refuse,
             }),
             config,
             hypervisor,

@@ -11,7 +11,9 @@ use vmferry_engine::seam::{
 };
 
 use crate::error::MachineError;
-use crate::machine::{Handover, Lifecycle, Machine, MachineEvent, STANDSTILL_LIMIT, wrong_state};
+use crate::machine::{
+    ChangedDisks, Handover, Lifecycle, Machine, MachineEvent, STANDSTILL_LIMIT, wrong_state,
+};
 use crate::run_state::RunState;
 use crate::state::Sections;
 use crate::state::clock::{self, ClockState};
@@ -23,7 +25,7 @@ use crate::state::power::{self, PowerState};
 use crate::state::serial::{self, SavedSerial};
 use crate::state::virtio;
 use crate::vcpu::GuestRequest;
-use crate::virtio::{BalloonPort, Disk, SavedTransport, Settled};
+use crate::virtio::{BalloonPort, Comparison, Disk, SavedTransport, Settled};
 
 /// Bytes of a description; that of the largest machine is a fraction of this.
 const LONGEST_DESCRIPTION: usize = 64 << 10;
@@ -42,7 +44,12 @@ impl Guest for Machine {
     }
 
     fn describe(&self) -> Result<DeviceState, GuestError> {
-        description::SECTION.encode(0, &self.lifecycle().description)
+        let description = Description {
+            // The size of a disk may be another one by now.
+            devices: self.devices.describe(&self.config),
+            ..self.lifecycle().description.clone()
+        };
+        description::SECTION.encode(0, &description)
     }
 
     fn check_description(&self, source: &DeviceState) -> Result<(), GuestError> {
@@ -62,7 +69,14 @@ impl Guest for Machine {
             )));
         }
         let source: Description = kind.decode(source)?;
-        self.offers
+        for disk in self.devices.disks() {
+            disk.take_image_size().map_err(GuestError::new)?;
+        }
+        let offers = Description {
+            devices: self.devices.describe(&self.config),
+            ..self.offers.clone()
+        };
+        offers
             .accepts(&source, self.hypervisor.features.tsc_scaling)
             .map_err(GuestError::new)
     }
@@ -252,6 +266,22 @@ impl Guest for Machine {
         Ok(())
     }
 
+    fn check_snapshot(&self) -> Result<(), GuestError> {
+        for disk in self.devices.disks() {
+            match disk.compare_with_arrived().map_err(GuestError::new)? {
+                None | Some(Comparison::Same) => {}
+                Some(Comparison::Unknown) => tracing::warn!(
+                    id = disk.id(),
+                    path = %disk.path().display(),
+                    "a block device does not tell whether it has changed since the snapshot: a guest damages its file \
+                     system if it goes on with a disk that has"
+                ),
+                Some(Comparison::Changed) => self.hear_of_changed_disk(disk)?,
+            }
+        }
+        Ok(())
+    }
+
     fn start(&self, activity: Activity, paused_for: Duration) -> Result<(), GuestError> {
         // Should the start fail, the guest stays here, its user's to start.
         let mut lifecycle = self.arrives(paused_for)?;
@@ -299,6 +329,22 @@ fn pause_error(error: MachineError) -> PauseError {
 }
 
 impl Machine {
+    /// A disk has changed since the snapshot was taken that has arrived.
+    fn hear_of_changed_disk(&self, disk: &Disk) -> Result<(), GuestError> {
+        let (id, path) = (disk.id(), disk.path().display());
+        match self.lifecycle().changed_disks {
+            ChangedDisks::Accept => {
+                tracing::warn!(id, %path, "a disk has changed since the snapshot, and is taken all the same");
+                Ok(())
+            }
+            ChangedDisks::Refuse => Err(GuestError(format!(
+                "the disk '{id}' ({path}) has changed since this snapshot was taken, and its guest would damage the file \
+                 system on it: put the image of that time back (a copy must keep its time, as with 'cp -a'), or take the \
+                 disk as it is with --allow-changed-disks"
+            ))),
+        }
+    }
+
     /// Has a guest stay that a migration has stopped. It does not go on yet, and its disks are nobody's.
     fn stays(&self) -> Result<MutexGuard<'_, Lifecycle>, GuestError> {
         let mut lifecycle = self.lifecycle();

@@ -181,6 +181,9 @@ impl<'a> Receiver<'a> {
         };
         let loading = self.shared.waits.begin(Wait::Machine);
         self.guest.load_devices(&self.devices)?;
+        if !self.two_way {
+            self.guest.check_snapshot()?;
+        }
         drop(loading);
         if self.two_way {
             self.answer(&ReturnPathMessage::HandoverLoaded)?;

@@ -37,12 +37,23 @@ pub(crate) enum Handover {
     },
 }
 
+/// What becomes of a snapshot whose disks have changed since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ChangedDisks {
+    /// It is refused: its guest would damage the file systems on them.
+    Refuse,
+    /// It is taken: the user has said so.
+    Accept,
+}
+
 /// What the machine is doing. Whoever holds the mutex around it is the only one to start or stop the guest.
 pub(crate) struct Lifecycle {
     pub state: RunState,
     pub handover: Handover,
     /// The machine as its guest knows it; a guest that arrived knows its source's CPU.
     pub description: Description,
+    /// Of a guest that is still to arrive.
+    pub changed_disks: ChangedDisks,
 }
 
 impl Machine {
@@ -126,6 +137,11 @@ impl Machine {
         self.emit(MachineEvent::Shutdown {
             cause: ShutdownCause::User,
         });
+    }
+
+    /// Takes a guest that arrives from a snapshot even if its disks have changed since.
+    pub fn accept_changed_disks(&self) {
+        self.lifecycle().changed_disks = ChangedDisks::Accept;
     }
 
     /// Says that the guest has left and runs elsewhere.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::MutexGuard;
 
-use super::lifecycle::{Lifecycle, wrong_state};
+use super::lifecycle::{Lifecycle, STANDSTILL_LIMIT, wrong_state};
 use super::{Machine, MachineEvent};
 use crate::config::{Access, Caching};
 use crate::error::MachineError;
@@ -33,7 +33,7 @@ pub struct DiskInfo {
     pub caching: Caching,
     /// How its guest's requests reach the host.
     pub io: DiskIo,
-    /// Its size.
+    /// Its size, as the guest knows it.
     pub bytes: u64,
     /// Whether this machine holds its lock: no other may write to it.
     pub locked: bool,
@@ -72,6 +72,35 @@ impl Machine {
             locked: disk.is_locked(),
         };
         self.devices.disks_and_io().map(info).collect()
+    }
+
+    /// Gives a disk another size, and tells the guest of it. An image that is a file is cut or made longer; what is cut off
+    /// is lost.
+    ///
+    /// # Errors
+    ///
+    /// There is no such disk, or it cannot have this size. A guest whose devices do not come to a stand goes on as it was.
+    pub fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), MachineError> {
+        let lifecycle = self.expect_here(
+            "resize the guest's disk",
+            "it has left; resize it where it is",
+        )?;
+        let (disk, slot) = self
+            .devices
+            .disk(id)
+            .ok_or_else(|| MachineError::Config(format!("there is no disk '{id}'")))?;
+        let runs = lifecycle.state == RunState::Running;
+        if runs {
+            // A write in flight could make a file longer again.
+            self.try_to_hold(STANDSTILL_LIMIT)?;
+        }
+        let resized = disk.resize(bytes);
+        if runs {
+            self.go();
+        }
+        resized?;
+        slot.config_changed();
+        Ok(())
     }
 
     /// The balloon, if there is one. Its statistics are those that the guest told after the last look.

@@ -21,7 +21,11 @@ pub(crate) fn section(kind: Kind) -> SectionKind {
         Kind::Rng => "vmferry/virtio-rng",
         Kind::Balloon => "vmferry/virtio-balloon",
     };
-    SectionKind { name, version: 1 }
+    let version = match kind {
+        Kind::Block => 2,
+        Kind::Network | Kind::Console | Kind::Rng | Kind::Balloon => 1,
+    };
+    SectionKind { name, version }
 }
 
 /// A device, as far as its guest can tell. Their order is that of the slots.
@@ -118,11 +122,12 @@ pub(crate) fn accepts(
     }
     here.iter()
         .zip(source)
-        .try_for_each(|(here, source)| same_sizes(here, source))
+        .try_for_each(|(here, source)| check_sizes(here, source))
 }
 
-/// Whether two disks that look the same are of the same size, and in blocks of the same size.
-fn same_sizes(here: &DeviceDescription, source: &DeviceDescription) -> Result<(), MachineError> {
+/// Whether the disk `here`, which looks like that of the source, is large enough for its guest, and has blocks of the same
+/// size.
+fn check_sizes(here: &DeviceDescription, source: &DeviceDescription) -> Result<(), MachineError> {
     let (
         DeviceDescription::Block {
             id,
@@ -139,10 +144,11 @@ fn same_sizes(here: &DeviceDescription, source: &DeviceDescription) -> Result<()
     else {
         return Ok(());
     };
-    if sectors != their_sectors {
+    // An image may have grown; the guest goes on with the size that it knows.
+    if sectors < their_sectors {
         let bytes = |sectors: &u64| size(sectors.saturating_mul(512));
         return Err(MachineError::Misfit(format!(
-            "the source's disk '{id}' has {}, this machine's has {}: give both the same image",
+            "the source's disk '{id}' has {}, this machine's has only {}: give both the same image",
             bytes(their_sectors),
             bytes(sectors)
         )));
@@ -204,8 +210,10 @@ mod tests {
         let smaller = [disk("root", 1 << 20), DeviceDescription::Rng];
         assert_eq!(
             refusal(&smaller, &source),
-            "the source's disk 'root' has 1GiB, this machine's has 512MiB: give both the same image"
+            "the source's disk 'root' has 1GiB, this machine's has only 512MiB: give both the same image"
         );
+        // One that has grown since serves the guest as it was.
+        assert_eq!(refusal(&source, &smaller), "");
         let mut blocks = source.clone();
         if let DeviceDescription::Block { block_size, .. } = &mut blocks[0] {
             *block_size = 4096;

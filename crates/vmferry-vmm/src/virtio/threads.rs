@@ -165,6 +165,15 @@ impl Devices {
         &self.disks
     }
 
+    /// The disk of this name, and its slot.
+    pub fn disk(&self, id: &str) -> Option<(&Disk, &Slot)> {
+        let blocks = self.slots.iter().filter(|slot| slot.kind() == Kind::Block);
+        let mut disks = self.disks.iter().zip(blocks);
+        disks
+            .find(|(disk, _)| disk.id() == id)
+            .map(|(disk, slot)| (&**disk, &**slot))
+    }
+
     /// Has interface number `place` tell its network where it is, as soon as the devices work.
     pub fn announce(&self, place: usize, announcement: Announcement) {
         self.announcers[place].start(announcement);

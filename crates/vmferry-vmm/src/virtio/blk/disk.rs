@@ -5,10 +5,12 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use super::flush::{Safety, Writes};
 use super::lock::{self, Answer};
+use super::stamp::{self, Comparison, Stamp};
 use super::transfer::{Bounce, Durability};
 use crate::config::{Access, Caching, DiskConfig};
 use crate::error::MachineError;
@@ -24,10 +26,11 @@ const ZEROES: usize = 64 << 10;
 pub(crate) struct Disk {
     id: String,
     path: PathBuf,
-    file: File,
+    pub(super) file: File,
     access: Access,
     caching: Caching,
-    sectors: u64,
+    /// As the guest knows it.
+    pub(super) sectors: AtomicU64,
     block_size: u64,
     /// Whether the lock is held. Who takes it and gives it up has the machine's run state to itself.
     locked: AtomicBool,
@@ -35,6 +38,10 @@ pub(crate) struct Disk {
     /// clean afterwards (fsync(2)): no later success means anything, whoever was told, the guest or a migration.
     lost_writes: AtomicBool,
     pub(super) safety: Safety,
+    /// Whether the image has a generation that no snapshot remembers.
+    marked: AtomicBool,
+    /// The image as it was when the guest was saved that has arrived here.
+    arrived_with: Mutex<Option<Stamp>>,
 }
 
 impl AsRawFd for Disk {
@@ -87,11 +94,13 @@ impl Disk {
             file,
             access: config.access,
             caching: config.caching,
-            sectors: bytes / SECTOR,
+            sectors: AtomicU64::new(bytes / SECTOR),
             block_size,
             locked: AtomicBool::new(false),
             lost_writes: AtomicBool::new(false),
             safety: Safety::new(),
+            marked: AtomicBool::new(false),
+            arrived_with: Mutex::new(None),
         })
     }
 
@@ -104,11 +113,13 @@ impl Disk {
             file: pipe,
             access: Access::ReadWrite,
             caching,
-            sectors,
+            sectors: AtomicU64::new(sectors),
             block_size: SECTOR,
             locked: AtomicBool::new(false),
             lost_writes: AtomicBool::new(false),
             safety: Safety::new(),
+            marked: AtomicBool::new(false),
+            arrived_with: Mutex::new(None),
         }
     }
 
@@ -128,11 +139,6 @@ impl Disk {
         self.caching
     }
 
-    /// Its size, in sectors of 512 bytes.
-    pub fn sectors(&self) -> u64 {
-        self.sectors
-    }
-
     /// Bytes of its blocks: requests are for whole ones. More than a sector where direct I/O needs that.
     pub fn block_size(&self) -> u64 {
         self.block_size
@@ -144,11 +150,6 @@ impl Disk {
             Caching::Cached => 1,
             Caching::Direct => self.block_size as usize,
         }
-    }
-
-    /// Its size.
-    pub fn bytes(&self) -> u64 {
-        self.sectors * SECTOR
     }
 
     /// Takes the lock: nobody else may use the disk from here on. Whether it was not held already.
@@ -189,6 +190,59 @@ impl Disk {
     pub(super) fn failed(&self, action: &str, source: io::Error) -> MachineError {
         let action = format!("{action} the disk '{}' ({})", self.id, self.path.display());
         MachineError::Os { action, source }
+    }
+
+    /// The guest is about to change what is on the disk: a snapshot of before does not fit any longer.
+    pub fn before_write(&self) {
+        if !self.marked.load(Ordering::Relaxed) {
+            if let Err(error) = stamp::renew(&self.file) {
+                tracing::debug!(id = self.id, %error, "the image cannot keep a generation");
+            }
+            self.marked.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// What tells later whether the image of a guest that stands still has changed since. None of a disk that the guest
+    /// cannot write to.
+    pub fn stamp(&self) -> Option<Stamp> {
+        if self.access == Access::ReadOnly {
+            return None;
+        }
+        self.marked.store(false, Ordering::Relaxed);
+        self.stamp_now()
+            .inspect_err(|error| tracing::warn!("{error}"))
+            .ok()
+    }
+
+    fn stamp_now(&self) -> Result<Stamp, MachineError> {
+        let stamp = self
+            .image_bytes()
+            .and_then(|bytes| Stamp::of(&self.file, bytes));
+        stamp.map_err(|source| self.failed("look at the state of", source))
+    }
+
+    /// Takes note of how the image was when the guest was saved that arrives here.
+    pub fn set_arrived_with(&self, stamp: Option<Stamp>) {
+        *self.arrived_with() = stamp;
+    }
+
+    fn arrived_with(&self) -> MutexGuard<'_, Option<Stamp>> {
+        self.arrived_with
+            .lock()
+            .expect("no holder of a stamp panics")
+    }
+
+    /// Whether the image is still as it was when the guest was saved that has arrived here. None if that is the same for
+    /// the guest: it cannot write to it.
+    pub fn compare_with_arrived(&self) -> Result<Option<Comparison>, MachineError> {
+        if self.access == Access::ReadOnly {
+            return Ok(None);
+        }
+        let now = self.stamp_now()?;
+        Ok(Some(match &*self.arrived_with() {
+            Some(then) => then.compare(&now),
+            None => Comparison::Unknown,
+        }))
     }
 
     /// Forgets what this host has cached of a disk that was written elsewhere.

@@ -6,6 +6,8 @@
 //! | `transfer` | bytes on their way between the disk and guest memory |
 //! | `engine`, `ring` | what carries requests out: io_uring, or the device's thread itself |
 //! | `disk`, `lock` | the file of the host, and who may use it |
+//! | `size` | what the guest knows of the disk's size, and what the image has |
+//! | `stamp` | whether an image has changed since a snapshot |
 //! | `flush` | what of a disk is safe, and flushes that take too long |
 //!
 //! # In flight
@@ -21,10 +23,12 @@
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk as blk;
 
 use super::{Broken, Chain, Kicks, Kind, Requests, VirtioDevice};
 use crate::config::Access;
+use crate::error::MachineError;
 use crate::memory::GuestMemory;
 
 mod disk;
@@ -33,6 +37,8 @@ mod flush;
 mod lock;
 mod request;
 mod ring;
+mod size;
+mod stamp;
 mod transfer;
 
 pub(crate) use disk::Disk;
@@ -43,6 +49,8 @@ pub(crate) use flush::Settled;
 use request::{
     HEADER, MOST_DISCARDED, MOST_SEGMENTS, MOST_ZEROED, Refusal, Request, STATUS, Segment,
 };
+pub(crate) use stamp::Comparison;
+use stamp::Stamp;
 pub(crate) use transfer::Durability;
 use transfer::{Direction, Transfer};
 
@@ -108,6 +116,7 @@ impl Block {
                 return self.carry_out(requests, Job { chain, work });
             }
             Ok(Request::Write { at, len }) if len > 0 => {
+                self.disk.before_write();
                 let direction = Direction::ToDisk(self.durability());
                 let work = self.transfer(direction, at, len, memory, &chain);
                 return self.carry_out(requests, Job { chain, work });
@@ -192,6 +201,7 @@ impl Block {
     }
 
     fn discard(&self, segments: &[Segment]) -> Result<(), Refusal> {
+        self.disk.before_write();
         for Segment { at, len, .. } in segments {
             self.host("discard", *at, &self.disk.discard(*at, *len))?;
         }
@@ -199,6 +209,7 @@ impl Block {
     }
 
     fn zero(&self, segments: &[Segment]) -> Result<(), Refusal> {
+        self.disk.before_write();
         for Segment { at, len, unmap } in segments {
             self.host("zero", *at, &self.disk.zero(*at, *len, *unmap))?;
         }
@@ -280,6 +291,12 @@ impl VirtioDevice for Block {
         config
     }
 
+    /// It tells of another size.
+    fn config_generation(&self) -> u32 {
+        let sectors = self.disk.sectors();
+        sectors as u32 ^ (sectors >> 32) as u32
+    }
+
     fn activate(&mut self, features: u64) {
         self.features = features;
     }
@@ -311,4 +328,29 @@ impl VirtioDevice for Block {
             }
         }
     }
+
+    fn save(&self) -> Vec<u8> {
+        let saved = SavedBlock {
+            sectors: self.disk.sectors(),
+            image: self.disk.stamp(),
+        };
+        postcard::to_stdvec(&saved).expect("there is memory for a few bytes")
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        let saved: SavedBlock = postcard::from_bytes(state)
+            .map_err(|error| MachineError::Misfit(format!("its state cannot be read: {error}")))?;
+        self.disk.take_size_of_guest(saved.sectors)?;
+        self.disk.set_arrived_with(saved.image);
+        Ok(())
+    }
+}
+
+/// A disk in the stream.
+#[derive(Serialize, Deserialize)]
+struct SavedBlock {
+    /// The size that its guest knows.
+    sectors: u64,
+    /// Its image, if the guest can write to it.
+    image: Option<Stamp>,
 }
