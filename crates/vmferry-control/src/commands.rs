@@ -9,8 +9,8 @@ use serde_json::{Map, Value};
 use crate::arguments;
 use crate::error::{ErrorClass, QmpError};
 use crate::schema::{
-    AnnounceSelf, Balloon, BalloonInfo, BlockInfo, CalcDirtyRate, CpuInfoFast, DirtyRateInfo,
-    KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
+    AnnounceSelf, Balloon, BalloonInfo, BlockInfo, BlockResize, CalcDirtyRate, CpuInfoFast,
+    DirtyRateInfo, KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
     MigrateSetParameters, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, NameInfo,
     QueryDirtyRate, StatusInfo,
 };
@@ -113,6 +113,8 @@ commands! {
     "query-cpus-fast" => query_cpus_fast() -> Vec<CpuInfoFast>;
     /// The disks.
     "query-block" => query_block() -> Vec<BlockInfo>;
+    /// Gives a disk another size, and tells the guest.
+    "block_resize" => block_resize(arguments: BlockResize) -> ();
     /// Has network interfaces tell their networks where the guest is.
     "announce-self" => announce_self(arguments: AnnounceSelf) -> ();
     /// Asks the guest to make do with so many bytes of RAM.

@@ -291,6 +291,10 @@ pub struct Run {
     /// monitor says from where
     #[arg(long, value_name = "URI|defer", value_parser = parse_incoming)]
     pub incoming: Option<Incoming>,
+    /// Resume a snapshot even if the disks that its guest can write to have changed since it was taken. Its file systems
+    /// may be damaged by that
+    #[arg(long, requires = "incoming")]
+    pub allow_changed_disks: bool,
     /// The guest's name
     #[arg(long, value_name = "STR")]
     pub name: Option<String>,

@@ -58,6 +58,8 @@ pub struct MigrateIncoming {
     pub uri: Uri,
     /// Whether the process ends if the migration fails; QEMU's default is yes.
     pub exit_on_error: bool,
+    /// Whether a snapshot is taken whose disks have changed since. Not QEMU's.
+    pub x_vmferry_allow_changed_disks: bool,
 }
 
 #[derive(Deserialize)]
@@ -89,6 +91,7 @@ struct MigrateIncomingMembers {
     uri: Option<String>,
     channels: Option<Vec<Channel>>,
     exit_on_error: Option<bool>,
+    x_vmferry_allow_changed_disks: Option<bool>,
 }
 
 impl<'de> Deserialize<'de> for MigrateIncoming {
@@ -97,6 +100,7 @@ impl<'de> Deserialize<'de> for MigrateIncoming {
         Ok(MigrateIncoming {
             uri: one_uri(members.uri, members.channels)?,
             exit_on_error: members.exit_on_error.unwrap_or(true),
+            x_vmferry_allow_changed_disks: members.x_vmferry_allow_changed_disks.unwrap_or(false),
         })
     }
 }

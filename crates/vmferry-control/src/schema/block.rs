@@ -2,6 +2,18 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Arguments of `block_resize`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct BlockResize {
+    /// The disk's name.
+    pub device: Option<String>,
+    /// The same; `device` goes first.
+    pub node_name: Option<String>,
+    /// The new size in bytes. Signed, as QEMU has it.
+    pub size: i64,
+}
+
 /// An entry of the answer to `query-block`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockInfo {

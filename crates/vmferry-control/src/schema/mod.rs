@@ -15,7 +15,9 @@ mod parameters;
 pub use address::{Migrate, MigrateIncoming, SocketAddress};
 pub use announce::AnnounceSelf;
 pub use balloon::{Balloon, BalloonChangeData, BalloonInfo};
-pub use block::{BlockDeviceInfo, BlockInfo, BlockIo, BlockdevCacheInfo, DetectZeroes, ImageInfo};
+pub use block::{
+    BlockDeviceInfo, BlockInfo, BlockIo, BlockResize, BlockdevCacheInfo, DetectZeroes, ImageInfo,
+};
 pub use capabilities::{MigrateSetCapabilities, MigrationCapability, MigrationCapabilityStatus};
 pub use dirty_rate::{
     CALC_TIME_RANGE, CalcDirtyRate, DirtyRateInfo, DirtyRateMeasureMode, DirtyRateStatus,

@@ -117,6 +117,10 @@ impl Handler for FakeMachine {
         }])
     }
 
+    fn block_resize(&self, _: BlockResize) -> Result<(), QmpError> {
+        Ok(())
+    }
+
     fn balloon(&self, _: Balloon) -> Result<(), QmpError> {
         Err(no_balloon())
     }

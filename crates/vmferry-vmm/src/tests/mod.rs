@@ -20,6 +20,7 @@ mod guest;
 mod life;
 mod migration;
 mod payload;
+mod snapshots;
 mod storage;
 
 /// Longest time that anything in a test may take.

@@ -60,6 +60,9 @@ pub fn run(options: cli::Run) -> anyhow::Result<()> {
         balloon::changes(events.clone())?,
     );
     let machine = Machine::new(config(&options), on_event)?;
+    if options.allow_changed_disks {
+        machine.accept_changed_disks();
+    }
     let migrations = Migrations::new(machine.clone(), events.clone(), exit.clone());
     let name = options.name.clone();
     let monitor = Arc::new(Monitor::new(

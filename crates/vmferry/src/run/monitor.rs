@@ -5,12 +5,12 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use vmferry_control::schema::{
-    AnnounceSelf, Balloon, BalloonInfo, BlockDeviceInfo, BlockInfo, BlockIo, BlockdevCacheInfo,
-    CalcDirtyRate, CpuInfoFast, CpuInstanceProperties, DetectZeroes, DirtyRateInfo, DirtyTracking,
-    ImageInfo, KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
-    MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
-    MigrationParameters, MigrationRamStats, MigrationStatus, NameInfo, QueryDirtyRate, RunState,
-    ShutdownCause, SocketAddress, StatusInfo, WaitingFor,
+    AnnounceSelf, Balloon, BalloonInfo, BlockDeviceInfo, BlockInfo, BlockIo, BlockResize,
+    BlockdevCacheInfo, CalcDirtyRate, CpuInfoFast, CpuInstanceProperties, DetectZeroes,
+    DirtyRateInfo, DirtyTracking, ImageInfo, KvmInfo, Migrate, MigrateContinue, MigrateIncoming,
+    MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus,
+    MigrationInfo, MigrationParameters, MigrationRamStats, MigrationStatus, NameInfo,
+    QueryDirtyRate, RunState, ShutdownCause, SocketAddress, StatusInfo, WaitingFor,
 };
 use vmferry_control::{ErrorClass, Handler, QmpError};
 use vmferry_engine::{ArmingChunk, Info, Parameters, Status};
@@ -75,6 +75,27 @@ impl Handler for Monitor {
 
     fn query_block(&self) -> Result<Vec<BlockInfo>, QmpError> {
         Ok(self.machine.disks().iter().map(block_info).collect())
+    }
+
+    fn block_resize(&self, arguments: BlockResize) -> Result<(), QmpError> {
+        let BlockResize {
+            device,
+            node_name,
+            size,
+        } = arguments;
+        let id = device.as_deref().or(node_name.as_deref());
+        let disks = self.machine.disks();
+        let Some(disk) = disks.iter().find(|disk| Some(&disk.id[..]) == id) else {
+            return Err(QmpError::generic(format!(
+                "Cannot find device='{}' nor node-name='{}'",
+                device.unwrap_or_default(),
+                node_name.unwrap_or_default()
+            )));
+        };
+        match u64::try_from(size) {
+            Ok(size @ 1..) => self.machine.resize_disk(&disk.id, size).map_err(generic),
+            _ => Err(QmpError::generic("Parameter 'size' expects a >0 size")),
+        }
     }
 
     fn announce_self(&self, arguments: AnnounceSelf) -> Result<(), QmpError> {
@@ -142,6 +163,9 @@ impl Handler for Monitor {
             true => OnFailure::Exit,
             false => OnFailure::Stay,
         };
+        if arguments.x_vmferry_allow_changed_disks {
+            self.machine.accept_changed_disks();
+        }
         let received = self.migrations.receive(&arguments.uri, on_failure);
         received.map(drop).map_err(generic)
     }
