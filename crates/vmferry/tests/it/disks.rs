@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use vmferry_control::schema::{MigrationStatus, RunState};
 
 use crate::common::command::vmferry;
@@ -96,4 +96,45 @@ fn the_power_button_is_pressed() {
     assert_eq!(vm.events_until("POWERDOWN"), ["POWERDOWN"]);
     // The guest looks at no button.
     assert_eq!(vm.run_state(), RunState::Running);
+}
+
+#[test]
+fn a_snapshot_is_refused_when_its_disk_has_changed() {
+    let Some(lab) = Lab::new() else { return };
+    let path = image(&lab);
+    let disk = format!("path={path},id=root");
+    let snapshot = lab.uri("file", "snapshot");
+    let mut source = Vm::start(&lab, &[&MACHINE[..], &KERNEL, &["--disk", &disk]].concat());
+    source.execute("block_resize", json!({"device": "root", "size": 8 << 20}));
+    let disks = source.execute("query-block", Value::Null);
+    assert_eq!(disks[0]["inserted"]["image"]["virtual-size"], 8 << 20);
+    for (arguments, words) in [
+        (
+            json!({"device": "no", "size": 512}),
+            "Cannot find device='no' nor node-name=''",
+        ),
+        (
+            json!({"device": "root", "size": -1}),
+            "Parameter 'size' expects a >0 size",
+        ),
+    ] {
+        let refused = source.refuse("block_resize", arguments);
+        assert!(refused.contains(words), "{refused}");
+    }
+    source.migrate(&snapshot);
+    assert!(source.quit().success());
+
+    let arrival = ["--disk", &disk, "--incoming", &snapshot];
+    let arrival = [&MACHINE[..], &arrival].concat();
+    for _ in 0..2 {
+        let mut resumed = Vm::start(&lab, &arrival);
+        resumed.wait_for_state(RunState::Running);
+        assert!(resumed.quit().success());
+    }
+    std::fs::write(&path, vec![1; 8 << 20]).unwrap();
+    let machine = [&["run", "--serial", "null"], &arrival[..]].concat();
+    let words = vmferry(machine).failed();
+    assert!(words.contains("has changed since"), "{words}");
+    let mut resumed = Vm::start(&lab, &[&arrival[..], &["--allow-changed-disks"]].concat());
+    resumed.wait_for_state(RunState::Running);
 }
