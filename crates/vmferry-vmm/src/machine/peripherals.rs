@@ -1,7 +1,7 @@
 //! The machine's vCPUs, disks, balloon and power button, for its user.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::MutexGuard;
 
 use super::lifecycle::{Lifecycle, STANDSTILL_LIMIT, wrong_state};
@@ -72,6 +72,13 @@ impl Machine {
             locked: disk.is_locked(),
         };
         self.devices.disks_and_io().map(info).collect()
+    }
+
+    /// The name of the disk whose image is at `path`, by whatever name.
+    pub fn disk_at(&self, path: &Path) -> Option<String> {
+        let disks = self.devices.disks().iter();
+        let mut here = disks.filter(|disk| disk.is_at(path));
+        here.next().map(|disk| disk.id().to_owned())
     }
 
     /// Gives a disk another size, and tells the guest of it. An image that is a file is cut or made longer; what is cut off

@@ -15,7 +15,7 @@ use super::{
     Announcement, Announcer, Balloon, BalloonPort, Block, Console, Disk, DiskIo, Kicks, Kind,
     Network, Rng, VirtioDevice, event, signal,
 };
-use crate::config::MachineConfig;
+use crate::config::{Access, MachineConfig, SerialConfig};
 use crate::devices::{BackendEvents, MmioRange};
 use crate::error::MachineError;
 use crate::layout::{VIRTIO_MMIO_IRQS, VIRTIO_MMIO_SLOT, virtio_slot};
@@ -65,6 +65,7 @@ impl Devices {
             add(Box::new(device), kicks)?;
             disks.push(disk);
         }
+        check_images(&disks, config)?;
         let mut announcers = Vec::new();
         for nic in config.nics() {
             let device = Network::new(nic.backend, &nic.id, nic.mac)?;
@@ -261,6 +262,38 @@ impl Drop for Devices {
             }
         }
     }
+}
+
+/// Refuses an image that is given twice, unless it is only read, and output of the guest that would be written over one.
+fn check_images(disks: &[Arc<Disk>], config: &MachineConfig) -> Result<(), MachineError> {
+    for (place, disk) in disks.iter().enumerate() {
+        let only_read = |other: &Disk| [disk.access(), other.access()] == [Access::ReadOnly; 2];
+        let twin = disks[..place]
+            .iter()
+            .find(|other| other.is_at(disk.path()) && !only_read(other));
+        if let Some(twin) = twin {
+            return Err(MachineError::Config(format!(
+                "the disks '{}' ({}) and '{}' ({}) are one image: give the guest each image once, or let it only read \
+                 them (ro=on)",
+                twin.id(),
+                twin.path().display(),
+                disk.id(),
+                disk.path().display()
+            )));
+        }
+        for port in [Some(&config.serial), config.console.as_ref()] {
+            if let Some(SerialConfig::File(path)) = port
+                && disk.is_at(path)
+            {
+                return Err(MachineError::Config(format!(
+                    "the guest's output cannot go to {}: that is its disk '{}'",
+                    path.display(),
+                    disk.id()
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The life of a device's thread.

@@ -114,6 +114,13 @@ impl Migrations {
             }
             _ => {}
         }
+        if let Uri::File(path) = &uri
+            && let Some(disk) = self.machine.disk_at(path)
+        {
+            return Err(QmpError::generic(format!(
+                "cannot write a snapshot to {uri}: that is the guest's disk '{disk}'"
+            )));
+        }
         let parameters = self.settings().parameters;
         let mut current = lock(&self.current);
         if current.is_leaving() {

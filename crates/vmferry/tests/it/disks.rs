@@ -138,3 +138,37 @@ fn a_snapshot_is_refused_when_its_disk_has_changed() {
     let mut resumed = Vm::start(&lab, &[&arrival[..], &["--allow-changed-disks"]].concat());
     resumed.wait_for_state(RunState::Running);
 }
+
+#[test]
+fn an_image_is_used_for_one_thing() {
+    let Some(lab) = Lab::new() else { return };
+    let path = image(&lab);
+    let (link, name) = (lab.path("link"), lab.path("name"));
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    std::fs::hard_link(&path, &name).unwrap();
+    let disk = format!("path={path},id=root");
+    for other in [&link, &name] {
+        let other = other.display().to_string();
+        let twin = format!("path={other},id=twin");
+        let machine = [&["run", "--serial", "null"], &KERNEL[..]].concat();
+        let twice = vmferry([&machine[..], &["--disk", &disk, "--disk", &twin]].concat());
+        let words = twice.failed();
+        assert!(words.contains("are one image"), "{words}");
+        let output = format!("file:{other}");
+        for port in ["--serial", "--console"] {
+            let mut machine = [&["run", "--disk", &disk, port, &output], &KERNEL[..]].concat();
+            if port == "--console" {
+                machine.extend(["--serial", "null"]);
+            }
+            let words = vmferry(machine).failed();
+            assert!(words.contains("that is its disk 'root'"), "{words}");
+        }
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 4 << 20);
+    }
+    let mut vm = Vm::start(&lab, &[&MACHINE[..], &KERNEL, &["--disk", &disk]].concat());
+    for to in [path.as_str(), &link.display().to_string()] {
+        let refused = vm.refuse("migrate", json!({"uri": format!("file:{to}")}));
+        assert!(refused.contains("the guest's disk 'root'"), "{refused}");
+    }
+    assert_eq!(vm.run_state(), RunState::Running);
+}

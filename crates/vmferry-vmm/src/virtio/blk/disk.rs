@@ -1,9 +1,9 @@
 //! What is behind a block device: a file of the host.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -129,6 +129,18 @@ impl Disk {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether `path` leads to this disk's image, by whatever name.
+    pub fn is_at(&self, path: &Path) -> bool {
+        let identity = |metadata: Metadata| match metadata.file_type().is_block_device() {
+            true => (metadata.rdev(), 0),
+            false => (metadata.dev(), metadata.ino()),
+        };
+        let (Ok(own), Ok(other)) = (self.file.metadata(), fs::metadata(path)) else {
+            return false;
+        };
+        identity(own) == identity(other)
     }
 
     pub fn access(&self) -> Access {
