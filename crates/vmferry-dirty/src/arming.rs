@@ -59,14 +59,25 @@ impl Default for ArmingChunk {
 }
 
 /// Which pages of a block were fetched as written but not armed since.
+///
+/// # What may run at once
+///
+/// One thread fetches while others arm and take pages. A page that was fetched must not be read before it has been
+/// armed (law 3), and arming must not forget a write that came after the page was read (law 1). Both hold because
+///
+/// - a fetch marks a chunk as pending *before* it sets the chunk's first bit in the bitmap. Bits are set with Release
+///   and taken with Acquire, so whoever takes one sees the chunk as pending, unless it has been armed since;
+/// - whoever sees a pending chunk arms it under the lock of `fetched`. A fetch holds that lock until all its bits are in
+///   the bitmap, so nobody arms a part of what it has found, and nothing is armed that the bitmap does not know of;
+/// - a chunk stays pending until the log says that it is armed. Whoever sees it as no longer pending reads its pages
+///   after that.
 pub(crate) struct BlockArming {
     block: BlockIndex,
     pages: usize,
     chunk: ArmingChunk,
-    /// Fetched and not armed, one bit a page.
+    /// Fetched and not armed, one bit a page. The lock is held for a whole fetch, and for the arming of a chunk.
     fetched: Mutex<Box<[u64]>>,
-    /// For each chunk, whether `fetched` has a bit there. Cleared with Release after the arming, read with
-    /// Acquire before a page is: who sees a chunk armed reads its pages after they were write-protected.
+    /// For each chunk, whether `fetched` has a bit there. Changed only under the lock of `fetched`.
     pending: Box<[AtomicBool]>,
 }
 
@@ -83,49 +94,59 @@ impl BlockArming {
         }
     }
 
-    /// Fetches the log and shows the words to `merge`. Bits stay here until they are armed, or go at once
-    /// if the log needs no arming.
+    /// Fetches the log and shows the words to `merge`, which sets their bits in the bitmap with Release. The bits stay
+    /// here until they are armed, or go at once if the log needs no arming.
+    ///
+    /// `merge` is called even if the fetch fails. The log may have reported a part of the pages by then, and a page
+    /// that is here must be in the bitmap as well: the next arming of its chunk makes the log forget it.
     pub(crate) fn fetch<T>(
         &self,
         log: &dyn DirtyLog,
         merge: impl FnOnce(&[u64]) -> T,
     ) -> Result<T, LogError> {
         let mut fetched = self.fetched.lock();
-        log.fetch(self.block, &mut fetched)?;
-        let merged = merge(&fetched);
+        let result = log.fetch(self.block, &mut fetched);
         if log.needs_arming() {
             let chunks = fetched.chunks(self.chunk.pages() / WORD_BITS);
             for (words, pending) in chunks.zip(&self.pending) {
                 if words.iter().any(|&w| w != 0) {
-                    pending.store(true, Ordering::Release);
+                    // Relaxed: `merge` publishes it together with the bits.
+                    pending.store(true, Ordering::Relaxed);
                 }
             }
-        } else {
+        }
+        let merged = merge(&fetched);
+        if !log.needs_arming() {
             fetched.fill(0);
         }
-        Ok(merged)
+        result.map(|()| merged)
     }
 
     /// Whether there is something to arm in the chunks of `range`.
     pub(crate) fn is_pending(&self, range: PageRange) -> bool {
         self.chunk
             .touched_by(range)
-            .any(|chunk| self.pending[chunk].load(Ordering::Acquire))
+            .any(|chunk| self.is_chunk_pending(chunk))
     }
 
     /// Arms the chunks of `range`, cut to the block, as far as they have not been armed since the last fetch.
     pub(crate) fn arm(&self, log: &dyn DirtyLog, range: PageRange) -> Result<(), LogError> {
         for chunk in self.chunk.touched_by(range.clamp_to(self.pages)) {
-            if self.pending[chunk].load(Ordering::Acquire) {
+            if self.is_chunk_pending(chunk) {
                 self.arm_chunk(log, chunk)?;
             }
         }
         Ok(())
     }
 
+    fn is_chunk_pending(&self, chunk: usize) -> bool {
+        // Acquire: who sees here that another thread has armed the chunk reads the chunk's pages after that.
+        self.pending[chunk].load(Ordering::Acquire)
+    }
+
     fn arm_chunk(&self, log: &dyn DirtyLog, chunk: usize) -> Result<(), LogError> {
         let mut fetched = self.fetched.lock();
-        if !self.pending[chunk].load(Ordering::Relaxed) {
+        if !self.is_chunk_pending(chunk) {
             return Ok(()); // another thread armed it while we waited
         }
         let start = chunk * self.chunk.pages();
@@ -133,6 +154,7 @@ impl BlockArming {
         let words = &mut fetched[start / WORD_BITS..range.end.0.div_ceil(WORD_BITS)];
         log.arm(self.block, range, words)?;
         words.fill(0);
+        // Release, and only now: see `is_chunk_pending`.
         self.pending[chunk].store(false, Ordering::Release);
         Ok(())
     }

@@ -9,7 +9,7 @@ use crate::discipline::Discipline;
 use crate::log::{DirtyLog, LogError};
 use crate::set::DirtySet;
 use crate::slice::{Cursor, Run, Slice};
-use crate::sync::RwLock;
+use crate::sync::{Mutex, RwLock};
 use crate::units::{BlockIndex, PageRange};
 
 /// What must still be sent, and what the guest writes meanwhile.
@@ -28,14 +28,36 @@ use crate::units::{BlockIndex, PageRange};
 ///   [`HintRound`] that was open, and a hint of a round that is over changes nothing;
 /// - not where the log was not armed before the question: the write would be in the log already, as one that was made
 ///   before the last sync, and arming would forget it. So a round begins with arming everything.
+///
+/// # What may run at once
+///
+/// Every method may be called by any thread at any time, and no page is lost (law 1), whatever comes first:
+///
+/// | running | beside it | what happens |
+/// |---|---|---|
+/// | a slice | [`sync`](Self::sync), by another thread | Under `LockFree` both go on. Pages that the sync has found are handed out as soon as their bits are set, but before the slice arms a chunk of a RAM block it waits for the end of the sync's work on that block. Under `PerBitLock` the slice waits for the end of the sync before it takes its next bit, and under `SliceLock` the sync waits for the end of the slice. |
+/// | a slice | `sync`, by the same thread | Use [`TrackedSlice::sync`]: under `SliceLock` the other one would wait for itself. |
+/// | a slice | another slice | Each has a cursor of its own, and each page goes to one of them. Under `SliceLock` the second waits for the first. |
+/// | a slice | [`begin_hints`](Self::begin_hints) | A chunk is armed by one of them, and the other one waits for that. |
+/// | a slice | [`hint`](Self::hint) | A page that the slice has taken is sent. Under `SliceLock` the hint waits for the end of the slice. |
+/// | `sync` | `sync` or `begin_hints` | One waits for the other, so a round never begins in the middle of a sync. |
+/// | `sync` | `hint` | The round is over: the hint changes nothing. |
+///
+/// Through [`set`](Self::set) pages may be looked at and [marked](DirtySet::mark) at any time. Its other methods change
+/// bits without arming the log and without regard to hints: they are not for a set that is tracked.
+///
+/// The count is exact (law 2) whenever none of this is under way.
 pub struct DirtyTracker {
     log: Arc<dyn DirtyLog>,
     set: DirtySet,
     arming: Vec<BlockArming>,
-    /// The round that hints may be of. A hint holds it for reading while it changes something.
+    /// Held for a whole sync and for the beginning of a round. A round that began while a sync is fetching would be
+    /// open for hints about pages that this sync brings.
     ///
-    /// Locks are taken in this order: the set's (under `SliceLock`), this one, a block's arming, the set's
-    /// (under `PerBitLock`, for a bit).
+    /// Locks are taken in this order: the set's (under `SliceLock`), this one, that of the hints, the set's (under
+    /// `PerBitLock`), a block's arming.
+    syncing: Mutex<()>,
+    /// The round that hints may be of. A hint holds it for reading while it changes something.
     hints: RwLock<Hints>,
 }
 
@@ -65,6 +87,7 @@ impl DirtyTracker {
                 .enumerate()
                 .map(|(block, &pages)| BlockArming::new(BlockIndex(block), pages, chunk))
                 .collect(),
+            syncing: Mutex::new(()),
             hints: RwLock::new(Hints {
                 open: false,
                 last: HintRound(0),
@@ -80,6 +103,11 @@ impl DirtyTracker {
 
     /// Merges what was written since the last sync; returns how many pages were clean before. Hints count for
     /// nothing until the next [`begin_hints`](Self::begin_hints).
+    ///
+    /// # Errors
+    ///
+    /// The log cannot be fetched. The pages that it reported before it failed are dirty, and the next sync brings the
+    /// others.
     pub fn sync(&self) -> Result<u64, LogError> {
         let _guard = self.set.lock_for_hint();
         self.sync_without_hints()
@@ -87,7 +115,9 @@ impl DirtyTracker {
 
     /// [`sync`](Self::sync) for a caller that holds the lock which hints take.
     fn sync_without_hints(&self) -> Result<u64, LogError> {
-        // Waits for a hint that is being carried out, but not for the lock: under `PerBitLock` the hint needs it.
+        let _syncing = self.syncing.lock();
+        // Waits for a hint that is being carried out. Before the set's lock is taken: under `PerBitLock` the hint needs
+        // that one.
         self.hints.write().open = false;
         let _guard = self.set.lock_against_plain_stores();
         let mut new = 0;
@@ -104,6 +134,7 @@ impl DirtyTracker {
     /// What is armed that early can be written again before it is sent, and is then sent twice: that is the price of
     /// hints.
     pub fn begin_hints(&self) -> Result<HintRound, LogError> {
+        let _syncing = self.syncing.lock();
         let mut hints = self.hints.write();
         for arming in &self.arming {
             arming.arm(&*self.log, PageRange::new(0, usize::MAX))?;
@@ -137,7 +168,7 @@ impl DirtyTracker {
         }
     }
 
-    /// The bitmaps.
+    /// The bitmaps, for looking at pages and for marking them.
     pub fn set(&self) -> &DirtySet {
         &self.set
     }

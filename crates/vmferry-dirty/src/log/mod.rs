@@ -82,8 +82,8 @@ pub enum LogError {
 
 /// A source of "these pages were written", one bit a page.
 ///
-/// The caller (the engine) serialises `start`, `stop` and `fetch`; `arm` may be called by several threads
-/// at once for different ranges.
+/// `start`, `stop` and `fetch` are called one at a time. `arm` may be called by several threads at once, for different
+/// blocks, and beside a `fetch` of another block. ([`DirtyTracker`](crate::DirtyTracker) sees to that.)
 pub trait DirtyLog: Send + Sync {
     /// Begins tracking writes to every block. From its return on, a write to a page is either reported by a
     /// later [`fetch`](Self::fetch) or belongs to a page that this log reports as dirty at first anyway.
@@ -95,6 +95,9 @@ pub trait DirtyLog: Send + Sync {
     /// ORs the pages of `block` that were written since they were last armed into `into`: bit `i % 64` of
     /// word `i / 64` for page `i`. `into` has one bit for each page of the block, rounded up to whole words;
     /// bits beyond the block's end stay clear.
+    ///
+    /// What `into` held before stays there. A fetch that fails may have reported a part of the pages, and a later one
+    /// reports the others.
     ///
     /// With [`needs_arming`](Self::needs_arming) the same page is reported again by every fetch until it has
     /// been armed; without, a fetch arms what it reports.

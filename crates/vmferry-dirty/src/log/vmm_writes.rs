@@ -1,11 +1,11 @@
 //! The VMM's own writes to guest memory, which no hypervisor log sees.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::bitmap::{Bitmap, RefSlice, WithBitmapSlice};
 
 use super::{DirtyLog, LogError};
+use crate::sync::{AtomicU64, Ordering};
 use crate::units::{BlockIndex, PAGE_SIZE, PageRange};
 
 /// One bit for every page of a RAM block that the VMM (a device, a kernel loader) has written.
