@@ -7,9 +7,8 @@ use vmferry_dirty::Discipline;
 use vmferry_engine::{MigrationError, Parameters, Source, Status, SteerError, Uri};
 
 use crate::common::{
-    Effect, Fault, HANDOVER_LOADED_LEN, Proxy, Random, Recorder, Watched, Way, any_port, deaf_tcp,
-    deaf_unix, from_handover_loaded, impatient, listen, move_on, parameters, running_guest, send,
-    wait_until,
+    Effect, FullBacklog, Proxy, Random, Recorder, Watched, Way, When, any_port, impatient, listen,
+    move_on, parameters, running_guest, send, wait_until,
 };
 
 /// Time enough to come to a cancelled end, on a busy machine.
@@ -40,9 +39,8 @@ fn cancel(outgoing: Source, recorder: &Recorder) {
 #[test]
 fn while_connecting() {
     let dir = tempfile::tempdir().unwrap();
-    let (tcp, _listener, _connections) = deaf_tcp();
-    let (unix, _unix_listener, _unix_connections) = deaf_unix(dir.path());
-    for uri in [tcp, unix] {
+    let full = [FullBacklog::tcp(), FullBacklog::unix(dir.path())];
+    for uri in full.each_ref().map(|full| full.uri.parse().unwrap()) {
         let guest = running_guest();
         let (outgoing, recorder) = record(&guest, &uri, parameters());
         std::thread::sleep(Duration::from_millis(50));
@@ -55,9 +53,8 @@ fn while_connecting() {
 #[test]
 fn connecting_has_a_time_limit() {
     let dir = tempfile::tempdir().unwrap();
-    let (tcp, _listener, _connections) = deaf_tcp();
-    let (unix, _unix_listener, _unix_connections) = deaf_unix(dir.path());
-    for uri in [tcp, unix] {
+    let full = [FullBacklog::tcp(), FullBacklog::unix(dir.path())];
+    for uri in full.each_ref().map(|full| full.uri.parse().unwrap()) {
         let guest = running_guest();
         let start = Instant::now();
         let error = send(&guest, &uri, impatient()).wait().unwrap_err();
@@ -92,12 +89,11 @@ fn while_the_devices_are_on_their_way() {
     let here = running_guest();
     let there = Watched::new(here.runners());
     let incoming = listen(&there, &any_port());
-    let loaded_is_lost = Fault {
-        when: from_handover_loaded(0),
-        effect: Effect::Silence(Way::Back),
-    };
-    let proxy = Proxy::start(incoming.uri(), loaded_is_lost);
-    let (outgoing, recorder) = record(&here, &proxy.uri(), parameters());
+    let loaded_is_lost = Proxy::to(incoming.uri())
+        .fault(When::BEFORE_LOADED, Effect::Silence(Way::Back))
+        .start();
+    let uri = loaded_is_lost.uri.parse().unwrap();
+    let (outgoing, recorder) = record(&here, &uri, parameters());
     wait_until("device", || outgoing.info().status == Status::Device);
     assert!(!here.is_running());
     cancel(outgoing, &recorder);
@@ -111,12 +107,11 @@ fn too_late() {
     let here = running_guest();
     let there = Watched::new(here.runners());
     let incoming = listen(&there, &any_port());
-    let shut_is_lost = Fault {
-        when: from_handover_loaded(HANDOVER_LOADED_LEN),
-        effect: Effect::Silence(Way::Back),
-    };
-    let proxy = Proxy::start(incoming.uri(), shut_is_lost);
-    let (outgoing, recorder) = record(&here, &proxy.uri(), impatient());
+    let shut_is_lost = Proxy::to(incoming.uri())
+        .fault(When::BEHIND_LOADED, Effect::Silence(Way::Back))
+        .start();
+    let uri = shut_is_lost.uri.parse().unwrap();
+    let (outgoing, recorder) = record(&here, &uri, impatient());
     wait_until("the guest runs there", || there.is_running());
     assert_eq!(outgoing.cancel(), Err(SteerError::TooLate));
     let end = outgoing.wait();
@@ -132,7 +127,7 @@ fn too_late() {
 
 #[test]
 fn at_any_moment() {
-    let mut random = Random::from_env("at_any_moment");
+    let mut random = Random::new("at_any_moment");
     let mut here = running_guest();
     let (mut cancelled, mut moved) = (0, 0);
     // Twice what a whole migration takes just now.

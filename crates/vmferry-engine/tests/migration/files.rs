@@ -244,7 +244,7 @@ fn a_full_disk_leaves_the_old_snapshot() {
 
 #[test]
 fn half_a_snapshot_is_refused() {
-    let mut random = Random::from_env("half_a_snapshot_is_refused");
+    let mut random = Random::new("half_a_snapshot_is_refused");
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole");
     let here = running_guest();

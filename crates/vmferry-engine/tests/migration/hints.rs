@@ -319,7 +319,7 @@ fn migrate(parameters: Parameters, random: Random) -> (u64, u64) {
 
 #[test]
 fn what_is_in_use_arrives_and_what_is_free_is_spared() {
-    let mut seeds = Random::from_env("hints");
+    let mut seeds = Random::new("hints");
     for discipline in Discipline::ALL {
         let mut spared = 0;
         for _ in 0..5 {
@@ -344,5 +344,5 @@ fn nobody_asks_if_the_user_does_not_want_it() {
         free_page_hints: false,
         ..with_discipline(Discipline::LockFree)
     };
-    assert_eq!(migrate(parameters, Random::from_env("no hints")), (0, 0));
+    assert_eq!(migrate(parameters, Random::new("no hints")), (0, 0));
 }

@@ -78,7 +78,7 @@ fn feed(stream: &[u8]) -> (Arc<Watched>, Result<(), MigrationError>) {
 
 #[test]
 fn streams_that_end_early() {
-    let mut random = Random::from_env("streams_that_end_early");
+    let mut random = Random::new("streams_that_end_early");
     let recording = recording();
     let end = recording.bytes.len();
     let mut cuts: Vec<_> = (recording.loaded - 1..=end).collect();
@@ -98,7 +98,7 @@ fn streams_that_end_early() {
 
 #[test]
 fn streams_with_a_flipped_bit() {
-    let mut random = Random::from_env("streams_with_a_flipped_bit");
+    let mut random = Random::new("streams_with_a_flipped_bit");
     let recording = recording();
     let (mut refused, count) = (0, 400);
     for _ in 0..count {
@@ -119,7 +119,7 @@ fn streams_with_a_flipped_bit() {
 
 #[test]
 fn noise() {
-    let mut random = Random::from_env("noise");
+    let mut random = Random::new("noise");
     for _ in 0..50 {
         let len = random.below(5000);
         let noise: Vec<u8> = (0..len).map(|_| random.below(256) as u8).collect();

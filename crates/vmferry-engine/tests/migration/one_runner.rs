@@ -6,8 +6,8 @@ use std::sync::Arc;
 use vmferry_engine::MigrationError;
 
 use crate::common::{
-    Effect, Fault, HANDOVER_LOADED_LEN, Outcome, Proxy, Random, SHUT_LEN, Watched, Way, When,
-    any_port, from_handover_loaded, impatient, listen, move_on, parameters, running_guest, send,
+    Effect, Outcome, Proxy, Random, SHUT_LEN, Watched, Way, When, any_port, impatient, listen,
+    move_on, parameters, running_guest, send,
 };
 use crate::toy::PAGES;
 
@@ -18,8 +18,8 @@ const ALL_OF_RAM: u64 = PAGES as u64 * 4096;
 fn migrate(here: &Arc<Watched>, when: When, effect: Effect) -> (Arc<Watched>, Outcome) {
     let there = Watched::new(here.runners());
     let incoming = listen(&there, &any_port());
-    let proxy = Proxy::start(incoming.uri(), Fault { when, effect });
-    let outgoing = send(here, &proxy.uri(), impatient());
+    let proxy = Proxy::to(incoming.uri()).fault(when, effect).start();
+    let outgoing = send(here, &proxy.uri.parse().unwrap(), impatient());
     let outcome = Outcome {
         source: outgoing.wait(),
         destination: incoming.wait(),
@@ -50,7 +50,7 @@ fn assert_user_decides(here: &Arc<Watched>, there: &Arc<Watched>, outcome: &Outc
 
 #[test]
 fn cut_or_silent_before_the_hand_over() {
-    let mut random = Random::from_env("cut_or_silent_before_the_hand_over");
+    let mut random = Random::new("cut_or_silent_before_the_hand_over");
     // Nothing; inside the header, the description, RAM; between passes, as far as can be foretold.
     let mut moments = vec![0, 3, 8, 40, 100, 4096, ALL_OF_RAM / 2, ALL_OF_RAM];
     moments.extend((0..4).map(|_| random.below(ALL_OF_RAM)));
@@ -78,12 +78,12 @@ fn cut_or_silent_before_the_hand_over() {
 
 #[test]
 fn loaded_is_lost() {
-    let moments = [0, 1, HANDOVER_LOADED_LEN - 1];
+    let moments = [0, 1, When::LOADED_LEN - 1];
     for effect in [Effect::Cut, Effect::Silence(Way::Back)] {
         for at in moments {
             println!("after {at} bytes: {effect:?}");
             let here = running_guest();
-            let (there, outcome) = migrate(&here, from_handover_loaded(at), effect);
+            let (there, outcome) = migrate(&here, When::from_loaded(at), effect);
             match effect {
                 // The destination cannot know that its word was lost, so it keeps the guest for its user.
                 Effect::Cut => {
@@ -91,7 +91,7 @@ fn loaded_is_lost() {
                     there.verify();
                 }
                 // The source can still tell it that the guest stays.
-                Effect::Silence(_) => {
+                _ => {
                     let kept = matches!(outcome.destination, Err(MigrationError::Kept));
                     assert!(kept, "{outcome:?}");
                 }
@@ -103,7 +103,7 @@ fn loaded_is_lost() {
 
 #[test]
 fn run_is_lost() {
-    let when = from_handover_loaded(HANDOVER_LOADED_LEN);
+    let when = When::from_loaded(When::LOADED_LEN);
     for effect in [Effect::Cut, Effect::Silence(Way::Forward)] {
         for chosen in ["here", "there"] {
             let here = running_guest();
@@ -124,14 +124,14 @@ fn run_is_lost() {
 #[test]
 fn shut_is_lost() {
     let moments = [
-        (HANDOVER_LOADED_LEN, Effect::Silence(Way::Back)),
-        (HANDOVER_LOADED_LEN + 1, Effect::Silence(Way::Back)),
-        (HANDOVER_LOADED_LEN + 1, Effect::Cut),
-        (HANDOVER_LOADED_LEN + SHUT_LEN - 1, Effect::Cut),
+        (When::LOADED_LEN, Effect::Silence(Way::Back)),
+        (When::LOADED_LEN + 1, Effect::Silence(Way::Back)),
+        (When::LOADED_LEN + 1, Effect::Cut),
+        (When::LOADED_LEN + SHUT_LEN - 1, Effect::Cut),
     ];
     for (at, effect) in moments {
         let here = running_guest();
-        let (there, outcome) = migrate(&here, from_handover_loaded(at), effect);
+        let (there, outcome) = migrate(&here, When::from_loaded(at), effect);
         assert!(is_undecided(&outcome.source), "{outcome:?}");
         assert!(outcome.destination.is_ok(), "{outcome:?}");
         here.verify();
@@ -144,7 +144,7 @@ fn shut_is_lost() {
 #[test]
 fn nothing_is_lost_that_matters() {
     // The last byte has arrived when the line fails.
-    let when = from_handover_loaded(HANDOVER_LOADED_LEN + SHUT_LEN);
+    let when = When::from_loaded(When::LOADED_LEN + SHUT_LEN);
     for effect in [Effect::Cut, Effect::Silence(Way::Back)] {
         let here = running_guest();
         let (there, outcome) = migrate(&here, when, effect);

@@ -3,7 +3,7 @@
 use vmferry_engine::{Parameters, Source, Status, Uri, Wait};
 
 use crate::common::{
-    Watched, any_port, deaf_tcp, impatient, listen, parameters, running_guest, send, wait_until,
+    FullBacklog, Watched, any_port, impatient, listen, parameters, running_guest, send, wait_until,
 };
 
 fn waits_for(outgoing: &Source, wait: Wait) {
@@ -15,8 +15,8 @@ fn waits_for(outgoing: &Source, wait: Wait) {
 #[test]
 fn for_a_destination_that_does_not_accept() {
     let here = running_guest();
-    let (uri, _listener, _connections) = deaf_tcp();
-    let outgoing = send(&here, &uri, parameters());
+    let full = FullBacklog::tcp();
+    let outgoing = send(&here, &full.uri.parse().unwrap(), parameters());
     waits_for(&outgoing, Wait::Connection);
     outgoing.cancel().unwrap();
     wait_until("the end", || outgoing.info().status.is_final());

@@ -4,9 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
+use vmferry_testing::host::has_kvm as kvm;
+use vmferry_testing::wait::{PATIENCE, wait_until as wait_for};
 
 use crate::devices::MmioDevice;
 use crate::{Backing, DirtyLogChoice, Machine, MachineConfig, MachineEvent, OnReset, SerialConfig};
@@ -22,18 +24,6 @@ mod migration;
 mod payload;
 mod snapshots;
 mod storage;
-
-/// Longest time that anything in a test may take.
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Whether machines can run here; says so if not.
-fn kvm() -> bool {
-    let there = kvm_ioctls::Kvm::new().is_ok();
-    if !there {
-        eprintln!("SKIPPED: /dev/kvm cannot be opened, so no machine can run here");
-    }
-    there
-}
 
 fn config(cpus: u32, serial: &Path) -> MachineConfig {
     MachineConfig {
@@ -103,15 +93,6 @@ fn start_device(machine: &Machine, features: u32, queue: u32) {
         (0x70, 0xf),
     ] {
         slot.write(register, &u32::to_le_bytes(value));
-    }
-}
-
-#[track_caller]
-fn wait_for(what: &str, mut happened: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !happened() {
-        assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -2,28 +2,27 @@
 
 use serde_json::{Value, json};
 use vmferry_control::schema::{MigrationStatus, RunState};
+use vmferry_testing::proxy::{Effect, Proxy, Way, When};
 
-use crate::common::dice::Dice;
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
 use crate::common::outcome::{Outcome, Tally, Usual, conclude, gives_up, migrate_until, phase};
-use crate::common::proxy::{Fault, Place, Proxy};
 use crate::common::vm::Vm;
-use crate::common::{PATIENCE, say};
+use crate::common::{PATIENCE, Random, say};
 
 const ROUNDS: usize = 15;
 
 /// Cancels; whether it was in time is seen from what comes of the migration.
 fn rounds(test: &str, cancel: impl Fn(&mut Vm)) {
     let Some(lab) = Lab::new() else { return };
-    let mut dice = Dice::new(test);
+    let mut random = Random::new(test);
     let mut guest = Guest::boot(&lab, Shape::medium());
     let usual = Usual::of(&guest.hop());
     let mut tally = Tally::default();
     for round in 0..ROUNDS {
         let mut destination = guest.tcp_destination();
         let uri = destination.uri();
-        migrate_until(&mut guest, &uri, phase(round), usual, &mut dice);
+        migrate_until(&mut guest, &uri, phase(round), usual, &mut random);
         cancel(&mut guest.vm);
         let outcome = conclude(&mut guest);
         tally.count(outcome);
@@ -106,7 +105,9 @@ fn during_the_hand_over() {
     let Some(lab) = Lab::new() else { return };
     let mut guest = Guest::boot(&lab, Shape::small());
     let mut destination = guest.tcp_destination();
-    let proxy = Proxy::new(&destination.uri(), Place::BeforeLoaded, Fault::Silence);
+    let proxy = Proxy::to(destination.uri())
+        .fault(When::BEFORE_LOADED, Effect::Stall(Way::Back))
+        .start();
     guest.vm.execute("migrate", json!({"uri": proxy.uri}));
     guest.vm.wait_for_status(MigrationStatus::Device);
     destination.wait_for_status(MigrationStatus::Device);

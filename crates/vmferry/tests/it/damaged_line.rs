@@ -6,11 +6,11 @@
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vmferry_control::schema::{MigrationStatus, RunState};
+use vmferry_testing::proxy::{Effect, Proxy, Way, When};
 
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
 use crate::common::outcome::{arrived, assert_undecided, gives_up};
-use crate::common::proxy::{Fault, Place, Proxy};
 use crate::common::vm::Vm;
 
 fn impatient(lab: &Lab) -> Guest<'_> {
@@ -38,12 +38,16 @@ fn on_the_way_to_the_destination() {
     let Some(lab) = Lab::new() else { return };
     let mut guest = impatient(&lab);
     for bytes in [0, 10, 3000, 40 << 20] {
-        for (fault, words) in [
-            (Fault::Cut, &["broke", "closed the channel"][..]),
-            (Fault::Silence, &["ms (x-vmferry-peer-timeout)"]),
+        for (effect, words) in [
+            (Effect::Cut, &["broke", "closed the channel"][..]),
+            (
+                Effect::Stall(Way::Forward),
+                &["ms (x-vmferry-peer-timeout)"],
+            ),
         ] {
             let mut destination = guest.tcp_destination();
-            let proxy = Proxy::new(&destination.uri(), Place::Bytes(bytes), fault);
+            let place = When::Bytes(Way::Forward, bytes);
+            let proxy = Proxy::to(destination.uri()).fault(place, effect).start();
             survives(&mut guest, destination, proxy, words);
         }
     }
@@ -57,22 +61,27 @@ fn on_the_way_to_the_destination() {
 fn the_word_that_it_is_loaded_is_lost() {
     let Some(lab) = Lab::new() else { return };
     let mut guest = impatient(&lab);
-    for (fault, part) in [
-        (Fault::Cut, "closed the channel"),
-        (Fault::Silence, "not said that it has loaded the guest for"),
+    let nothing_comes_back = Effect::Stall(Way::Back);
+    for (effect, part) in [
+        (Effect::Cut, "closed the channel"),
+        (
+            nothing_comes_back,
+            "not said that it has loaded the guest for",
+        ),
     ] {
         let mut destination = guest.tcp_destination();
-        let proxy = Proxy::new(&destination.uri(), Place::BeforeLoaded, fault);
+        let proxy = Proxy::to(destination.uri())
+            .fault(When::BEFORE_LOADED, effect)
+            .start();
         let words = guest.vm.migrate_command(&proxy.uri, &[]).failed();
         assert!(words.contains(part), "{words}");
         guest.runs_on();
         drop(proxy);
-        match fault {
-            Fault::Silence => gives_up(&mut destination),
-            Fault::Cut => {
-                assert_undecided(&mut destination, "If it runs on the source, quit this one");
-                assert!(destination.quit().success());
-            }
+        if effect == nothing_comes_back {
+            gives_up(&mut destination);
+        } else {
+            assert_undecided(&mut destination, "If it runs on the source, quit this one");
+            assert!(destination.quit().success());
         }
     }
     guest.hop();
@@ -85,7 +94,9 @@ fn the_word_that_it_is_given_away_is_lost() {
     let Some(lab) = Lab::new() else { return };
     let mut guest = impatient(&lab);
     let mut destination = guest.tcp_destination();
-    let proxy = Proxy::new(&destination.uri(), Place::BehindLoaded, Fault::Cut);
+    let proxy = Proxy::to(destination.uri())
+        .fault(When::BEHIND_LOADED, Effect::Cut)
+        .start();
     let words = guest.vm.migrate_command(&proxy.uri, &[]).failed();
     assert!(words.contains("during the hand-over"), "{words}");
     assert_undecided(
@@ -113,8 +124,9 @@ fn the_word_that_it_runs_is_lost() {
     let Some(lab) = Lab::new() else { return };
     let mut guest = impatient(&lab);
     let mut destination = guest.tcp_destination();
-    let uri = destination.uri();
-    let proxy = Proxy::new(&uri, Place::BehindLoaded, Fault::Silence);
+    let proxy = Proxy::to(destination.uri())
+        .fault(When::BEHIND_LOADED, Effect::Stall(Way::Back))
+        .start();
     let words = guest.vm.migrate_command(&proxy.uri, &[]).failed();
     assert!(words.contains("during the hand-over"), "{words}");
     assert_undecided(

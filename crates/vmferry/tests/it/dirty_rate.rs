@@ -10,7 +10,7 @@ use crate::common::command::{Finished, on_vm};
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
 use crate::common::vm::Vm;
-use crate::common::{PATIENCE, eventually, say};
+use crate::common::{PATIENCE, Random, eventually, say};
 
 /// A guest that rewrites 64 MiB (16,384 pages) at 20,000 pages a second, one after the other.
 fn steady() -> Shape {
@@ -232,7 +232,7 @@ fn during_a_migration() {
 #[test]
 fn at_the_same_time() {
     let Some(lab) = Lab::new() else { return };
-    let mut dice = crate::common::dice::Dice::new("a measurement and a migration at the same time");
+    let mut random = Random::new("a measurement and a migration at the same time");
     let mut guest = Guest::boot(&lab, Shape::small());
     for _ in 0..6 {
         let mut destination = guest.tcp_destination();
@@ -246,7 +246,7 @@ fn at_the_same_time() {
                     on_vm("dirty-rate", &socket, &options).finish_within(PATIENCE);
                 }
             });
-            std::thread::sleep(dice.below(Duration::from_millis(200)));
+            std::thread::sleep(random.up_to(Duration::from_millis(200)));
             guest.vm.migrate(&uri);
         });
         destination.wait_for_state(RunState::Running);

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use vmferry_control::schema::{MigrationStatus, RunState};
+use vmferry_testing::proxy::{Effect, Proxy, Way, When};
 
 use crate::common::command::vmferry;
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
 use crate::common::outcome::{arrived, assert_undecided};
-use crate::common::proxy::{Fault, Place, Proxy};
 use crate::common::vm::Vm;
 
 fn image(lab: &Lab, name: &str) -> PathBuf {
@@ -73,16 +73,19 @@ fn assert_alone(one: &mut Vm, other: Option<&mut Vm>, image: &Path) {
     assert!(third.contains("another process uses"), "{third}");
 }
 
+/// Nothing comes back from the destination any more.
+const LOST: Effect = Effect::Stall(Way::Back);
+
 /// Begins a migration through a faulty line, and waits until the fault is there.
 fn migrate_until_fault(
     guest: &mut Guest<'_>,
     destination: &mut Vm,
-    place: Place,
-    fault: Fault,
+    place: When,
+    effect: Effect,
 ) -> Proxy {
-    let proxy = Proxy::new(&destination.uri(), place, fault);
+    let proxy = Proxy::to(destination.uri()).fault(place, effect).start();
     guest.vm.execute("migrate", json!({"uri": proxy.uri}));
-    proxy.wait_until_reached();
+    proxy.wait_until_struck();
     proxy
 }
 
@@ -108,8 +111,8 @@ fn the_destination_is_killed_before_its_word_is_heard() {
     let mut guest = boot(&lab, &image);
     assert_alone(&mut guest.vm, None, &image);
     let mut destination = guest.tcp_destination();
-    let place = Place::BeforeLoaded;
-    let _proxy = migrate_until_fault(&mut guest, &mut destination, place, Fault::Silence);
+    let place = When::BEFORE_LOADED;
+    let _proxy = migrate_until_fault(&mut guest, &mut destination, place, LOST);
     // In between it is nobody's, and nobody runs.
     assert!(!holds(&guest.vm, &image) && !holds(&destination, &image));
     assert_ne!(guest.vm.run_state(), RunState::Running);
@@ -129,8 +132,8 @@ fn the_line_is_cut_before_its_word_is_heard() {
     let image = image(&lab, "image");
     let mut guest = boot(&lab, &image);
     let mut destination = guest.tcp_destination();
-    let place = Place::BeforeLoaded;
-    let _proxy = migrate_until_fault(&mut guest, &mut destination, place, Fault::Cut);
+    let place = When::BEFORE_LOADED;
+    let _proxy = migrate_until_fault(&mut guest, &mut destination, place, Effect::Cut);
     let why = fails(&mut guest.vm);
     assert!(why.contains("closed the channel"), "{why}");
     guest.runs_on();
@@ -146,11 +149,11 @@ fn the_destination_is_killed_before_the_source_knows_that_it_runs() {
     let Some(lab) = Lab::new() else { return };
     let image = image(&lab, "image");
     let mut guest = boot(&lab, &image);
-    for fault in [Fault::Silence, Fault::Cut] {
+    for effect in [LOST, Effect::Cut] {
         let mut destination = guest.tcp_destination();
-        let place = Place::BehindLoaded;
-        let _proxy = migrate_until_fault(&mut guest, &mut destination, place, fault);
-        if fault == Fault::Silence {
+        let place = When::BEHIND_LOADED;
+        let _proxy = migrate_until_fault(&mut guest, &mut destination, place, effect);
+        if effect == LOST {
             destination.wait_for_state(RunState::Running);
             assert!(!holds(&guest.vm, &image));
             assert!(holds(&destination, &image));
@@ -179,8 +182,8 @@ fn the_line_is_cut_before_the_source_knows_that_it_runs() {
     let image = image(&lab, "image");
     let mut guest = boot(&lab, &image);
     let mut destination = guest.tcp_destination();
-    let place = Place::BehindLoaded;
-    let _proxy = migrate_until_fault(&mut guest, &mut destination, place, Fault::Cut);
+    let place = When::BEHIND_LOADED;
+    let _proxy = migrate_until_fault(&mut guest, &mut destination, place, Effect::Cut);
     let why = fails(&mut guest.vm);
     assert!(why.contains("during the hand-over"), "{why}");
     // The cut may come before or behind the last word to the destination.
@@ -233,8 +236,8 @@ fn the_image_is_taken_while_it_is_nobodys() {
         .vm
         .set_parameters(json!({"x-vmferry-peer-timeout": 10_000}));
     let mut destination = guest.tcp_destination();
-    let place = Place::BeforeLoaded;
-    let proxy = migrate_until_fault(&mut guest, &mut destination, place, Fault::Silence);
+    let place = When::BEFORE_LOADED;
+    let proxy = migrate_until_fault(&mut guest, &mut destination, place, LOST);
     let mut third = Vm::start(
         &lab,
         &["--kernel", "guest:dirtier", "--disk", &option(&image)],

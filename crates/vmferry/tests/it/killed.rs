@@ -1,24 +1,23 @@
 //! `kill -9` of the destination at random moments: the guest survives on the source.
 
-use crate::common::dice::Dice;
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
 use crate::common::outcome::{Outcome, Tally, Usual, conclude, migrate_until, phase};
-use crate::common::say;
+use crate::common::{Random, say};
 
 const ROUNDS: usize = 50;
 
 #[test]
 fn fifty_destinations_are_killed() {
     let Some(lab) = Lab::new() else { return };
-    let mut dice = Dice::new("killed");
+    let mut random = Random::new("killed");
     let mut guest = Guest::boot(&lab, Shape::medium());
     let mut usual = Usual::of(&guest.hop());
     let mut tally = Tally::default();
     for round in 0..ROUNDS {
         let mut destination = guest.tcp_destination();
         let uri = destination.uri();
-        migrate_until(&mut guest, &uri, phase(round), usual, &mut dice);
+        migrate_until(&mut guest, &uri, phase(round), usual, &mut random);
         destination.kill();
         let outcome = conclude(&mut guest);
         tally.count(outcome);

@@ -6,6 +6,7 @@
 use std::time::Instant;
 
 use serde_json::json;
+use vmferry_testing::host::full_size;
 
 use crate::common::guest::{Guest, Shape};
 use crate::common::lab::Lab;
@@ -16,10 +17,6 @@ const HOPS: usize = 10;
 /// How much longer than its migration's downtime a guest may feel that it stood still: the host is shared with
 /// whatever else runs there, and a vCPU waits for its turn.
 const SCHEDULING_US: u64 = 5_000_000;
-
-fn full_size() -> bool {
-    std::env::var_os("VMFERRY_FULL").is_some_and(|value| value == "1")
-}
 
 fn ten_hops(lab: &Lab, cpus: u32, discipline: &str, cold: &str, dirty_log: &'static str) {
     let start = Instant::now();

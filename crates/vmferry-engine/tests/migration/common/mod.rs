@@ -1,23 +1,21 @@
 //! What the tests share.
 
 mod arming_log;
-mod deaf;
-mod proxy;
-mod random;
 mod recorder;
 mod watched;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmferry_dirty::Discipline;
 use vmferry_engine::{Destination, MigrationError, Parameters, Source, Uri};
 
 pub use arming_log::ArmingLog;
-pub use deaf::{deaf_tcp, deaf_unix};
-pub use proxy::{Effect, Fault, Proxy, Way, When};
-pub use random::Random;
 pub use recorder::Recorder;
+pub use vmferry_testing::backlog::FullBacklog;
+pub use vmferry_testing::proxy::{Effect, Proxy, Way, When};
+pub use vmferry_testing::random::Random;
+pub use vmferry_testing::wait::wait_until;
 pub use watched::{Runners, Watched};
 
 use crate::toy::Quiet;
@@ -28,15 +26,8 @@ pub const PEER_TIMEOUT: Duration = Duration::from_millis(500);
 /// Nothing in these tests takes longer.
 const LONGEST: Duration = Duration::from_secs(30);
 
-/// Length of `HandoverLoaded` on the return path; `Shut` follows it.
-pub const HANDOVER_LOADED_LEN: u64 = 4;
-/// Length of `Shut`.
+/// Length of `Shut`, which follows the word that the guest is loaded on the return path.
 pub const SHUT_LEN: u64 = 8;
-
-/// So many bytes of the return path after its `HandoverLoaded` begins.
-pub fn from_handover_loaded(bytes: u64) -> When {
-    When::From(Way::Back, b"\x76\x01\0\0", bytes)
-}
 
 /// How the two ends of a migration ended.
 #[derive(Debug)]
@@ -97,13 +88,4 @@ pub fn running_guest() -> Arc<Watched> {
     guest.run();
     guest.run_some();
     guest
-}
-
-/// Waits until `condition` holds; `what` says what does not, if it never does.
-pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < LONGEST, "still not: {what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }

@@ -4,9 +4,9 @@ use std::cell::Cell;
 use std::path::PathBuf;
 
 use tempfile::TempDir;
+use vmferry_testing::host::{has_kvm, skip};
 
 use super::command::vmferry;
-use super::say;
 
 /// One test's directory, and the names of its processes.
 pub struct Lab {
@@ -17,18 +17,7 @@ pub struct Lab {
 impl Lab {
     /// None, loudly, where no guest can run.
     pub fn new() -> Option<Self> {
-        if let Err(error) = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-        {
-            say(&format!(
-                "SKIPPED: {}: no /dev/kvm here: {error}",
-                this_test()
-            ));
-            return None;
-        }
-        Some(Lab::without_kvm())
+        has_kvm().then(Lab::without_kvm)
     }
 
     /// None, loudly, where no guest can run or KVM has no dirty ring.
@@ -39,7 +28,7 @@ impl Lab {
         // The machine is built first; that nothing arrives shows that it could be.
         let words = vmferry([&machine[..], &["--incoming", &nothing]].concat()).failed();
         if words.contains("no dirty ring") {
-            say(&format!("SKIPPED: {}: {words}", this_test()));
+            skip(&words);
             return None;
         }
         assert!(words.contains("No such file"), "{words}");
@@ -72,9 +61,4 @@ impl Lab {
         self.processes.set(number + 1);
         format!("vm{number}")
     }
-}
-
-fn this_test() -> String {
-    let thread = std::thread::current();
-    thread.name().unwrap_or("a test").to_owned()
 }

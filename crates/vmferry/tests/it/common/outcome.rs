@@ -5,10 +5,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use vmferry_control::schema::{MigrationInfo, MigrationStatus, RunState};
 
-use super::dice::Dice;
 use super::guest::Guest;
 use super::vm::Vm;
-use super::{eventually, say};
+use super::{Random, eventually, say};
 
 /// When a migration is disturbed.
 #[derive(Clone, Copy, Debug)]
@@ -79,7 +78,7 @@ pub fn migrate_until(
     uri: &str,
     phase: Phase,
     usual: Usual,
-    dice: &mut Dice,
+    random: &mut Random,
 ) {
     /// Longer than connecting takes.
     const CONNECTING: Duration = Duration::from_millis(15);
@@ -87,11 +86,11 @@ pub fn migrate_until(
     guest.vm.forget_events();
     guest.vm.execute("migrate", json!({"uri": uri}));
     let delay = match phase {
-        Phase::Connection => dice.below(CONNECTING),
-        Phase::Ram => dice.below(usual.total),
+        Phase::Connection => random.up_to(CONNECTING),
+        Phase::Ram => random.up_to(usual.total),
         Phase::SwitchOver => {
             guest.vm.events_until("MIGRATION device");
-            dice.below(usual.downtime)
+            random.up_to(usual.downtime)
         }
     };
     std::thread::sleep(delay);
