@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use vmferry_socket::{Problem, SocketError};
 
 use crate::error::QmpError;
 use crate::framing::{Frame, Framer};
 use crate::message::{self, Timestamp};
 use crate::schema::{DirtyRateInfo, Event, MigrationInfo, StatusInfo, VersionInfo};
-use crate::socket::{self, SocketError};
 
 /// Bytes that a reply may have. QEMU's description of its own schema takes a few hundred thousand.
 const REPLY_LIMIT: usize = 16 * 1024 * 1024;
@@ -37,7 +37,7 @@ pub enum ClientError {
     },
     /// The path cannot be a socket's.
     #[error(transparent)]
-    Path(#[from] SocketError),
+    Path(SocketError),
     /// No answer came in time.
     #[error(
         "no answer to {command} on the QMP socket {path} within {timeout:?}; is the VM stuck, or another client using its monitor?"
@@ -139,11 +139,13 @@ impl QmpClient {
     /// There is no such socket, nobody listens or answers, or what answers is not QMP.
     pub fn connect(path: impl AsRef<Path>, timeout: Duration) -> Result<Self, ClientError> {
         let path = path.as_ref();
-        socket::check_path(path)?;
         let deadline = Instant::now() + timeout;
-        let stream = socket::connect(path, timeout).map_err(|source| ClientError::Connect {
-            path: path.to_owned(),
-            source,
+        let stream = vmferry_socket::connect(path, timeout).map_err(|problem| match problem {
+            Problem::PathTooLong(_) => ClientError::Path(problem.on("connect to", path)),
+            problem => ClientError::Connect {
+                path: path.to_owned(),
+                source: problem.into(),
+            },
         })?;
         let mut client = QmpClient {
             path: path.to_owned(),

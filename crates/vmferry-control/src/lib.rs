@@ -26,7 +26,6 @@ mod outbox;
 pub mod schema;
 mod server;
 mod session;
-mod socket;
 pub mod units;
 
 pub use client::{ClientError, QmpClient, ReceivedEvent};
@@ -35,4 +34,4 @@ pub use error::{ErrorClass, QmpError};
 pub use events::EventBus;
 pub use message::Timestamp;
 pub use server::QmpServer;
-pub use socket::SocketError;
+pub use vmferry_socket::{Problem, SocketError};

@@ -12,11 +12,12 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use vmferry_socket::{Permissions, Problem, SocketError, SocketFile};
+
 use crate::commands::Handler;
 use crate::events::EventBus;
 use crate::outbox::Outbox;
 use crate::session::Session;
-use crate::socket::{self, SocketError, SocketFile};
 
 /// Clients at once. Far more than anybody needs, and few enough for their threads and buffers not to matter.
 const MAX_CLIENTS: usize = 32;
@@ -103,7 +104,8 @@ fn spawn(shared: &Arc<Shared>, name: &str, work: impl FnOnce() + Send + 'static)
 
 impl QmpServer {
     /// Listens on a socket at `path`. Commands go to `handler`; what is emitted on `events` goes to every client. A
-    /// socket file that nobody listens on any more is replaced.
+    /// socket file that nobody listens on any more is replaced. Only the process's own user (and root) can connect: a
+    /// monitor can run commands.
     ///
     /// # Errors
     /// [`SocketError`] if the path is too long, in use, no socket, or if the system refuses.
@@ -113,13 +115,10 @@ impl QmpServer {
         events: EventBus,
     ) -> Result<Self, SocketError> {
         let path = path.as_ref();
-        let failed = |source| SocketError::Listen {
-            path: path.to_owned(),
-            source,
-        };
-        let (listener, file) = socket::listen(path)?;
+        let failed = |problem: Problem| problem.on("listen on", path);
+        let (listener, file) = vmferry_socket::listen(path, Permissions::Owner).map_err(failed)?;
         // A second handle, for the shutdown call that the standard library has on streams only.
-        let handle: OwnedFd = listener.try_clone().map_err(failed)?.into();
+        let handle: OwnedFd = listener.try_clone().map_err(|e| failed(e.into()))?.into();
         let shared = Arc::new(Shared {
             handler,
             events,
@@ -131,7 +130,7 @@ impl QmpServer {
         spawn(&shared, "qmp-accept", move || {
             accept(&listener, &for_thread)
         })
-        .map_err(failed)?;
+        .map_err(|e| failed(e.into()))?;
         Ok(QmpServer {
             path: path.to_owned(),
             file: Some(file),

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use vmferry_control::{QmpServer, SocketError};
+use vmferry_control::{Problem, QmpServer};
 
 use crate::fake::{PATIENCE, Rig};
 
@@ -57,9 +57,9 @@ fn a_live_socket_is_left_alone_and_a_stale_one_replaced() {
     let mut rig = Rig::new();
     let again = || QmpServer::bind(&rig.path, rig.machine.clone(), rig.events.clone());
     let error = again().unwrap_err();
-    assert!(matches!(error, SocketError::InUse { .. }), "{error}");
+    assert!(matches!(error.problem, Problem::InUse), "{error}");
     assert!(
-        error.to_string().contains("another VM listens on it"),
+        error.to_string().contains("another process listens on it"),
         "{error}"
     );
     rig.negotiated();
@@ -71,13 +71,22 @@ fn a_live_socket_is_left_alone_and_a_stale_one_replaced() {
     rig.negotiated();
 }
 
+/// A monitor can run commands: it is its owner's alone, whatever the umask lets others do.
+#[test]
+fn only_its_owner_can_connect() {
+    use std::os::unix::fs::PermissionsExt;
+    let rig = Rig::new();
+    let mode = rig.path.metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
 #[test]
 fn a_file_that_is_no_socket_is_left_alone() {
     let mut rig = Rig::new();
     drop(rig.server.take());
     std::fs::write(&rig.path, "precious").unwrap();
     let error = QmpServer::bind(&rig.path, rig.machine.clone(), rig.events.clone()).unwrap_err();
-    assert!(matches!(error, SocketError::NotASocket { .. }), "{error}");
+    assert!(matches!(error.problem, Problem::NotASocket), "{error}");
     assert_eq!(std::fs::read_to_string(&rig.path).unwrap(), "precious");
 }
 
@@ -96,13 +105,13 @@ fn a_path_that_is_too_long_is_named() {
     let path = rig.path.with_file_name("x".repeat(108));
     let error = QmpServer::bind(&path, rig.machine.clone(), rig.events.clone()).unwrap_err();
     assert!(
-        matches!(error, SocketError::PathTooLong { length, .. } if length > 107),
+        matches!(error.problem, Problem::PathTooLong(length) if length > 107),
         "{error}"
     );
     let nowhere = QmpServer::bind("/nonexistent/qmp", rig.machine.clone(), rig.events.clone());
     let error = nowhere.unwrap_err().to_string();
     assert!(
-        error.starts_with("cannot listen on socket /nonexistent/qmp: "),
+        error.starts_with("cannot listen on the socket /nonexistent/qmp: "),
         "{error}"
     );
 }

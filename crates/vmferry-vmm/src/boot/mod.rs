@@ -3,8 +3,9 @@
 //! Both kinds of image are entered in 32-bit protected mode with flat segments and without paging: a PVH ELF
 //! image with EBX at its `hvm_start_info`, a bzImage (32-bit boot protocol) with ESI at its `boot_params`.
 
-use std::fs;
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
@@ -27,9 +28,9 @@ mod pvh;
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// A file cannot be read.
-    #[error("cannot read the {what} {}: {source}", path.display())]
+    #[error("cannot read {what} {}: {source}", path.display())]
     Read {
-        /// What the file should hold ("kernel").
+        /// What the file should hold ("the kernel").
         what: &'static str,
         /// Its path.
         path: PathBuf,
@@ -134,14 +135,14 @@ impl Images {
         let kernel = match source {
             KernelSource::Bytes(bytes) => Kernel::recognize(bytes.to_vec())?,
             KernelSource::Path(path) => {
-                Kernel::recognize(read("kernel", path)?).map_err(|why| BootError::File {
+                Kernel::recognize(read("the kernel", path)?).map_err(|why| BootError::File {
                     path: path.clone(),
                     why: Box::new(why),
                 })?
             }
         };
         let initrd = match &config.initrd {
-            Some(path) => Some(read("initial RAM disk", path)?),
+            Some(path) => Some(read("the initial RAM disk", path)?),
             None => None,
         };
         let (len, max) = (config.cmdline.len(), CMDLINE_ROOM - 1);
@@ -202,12 +203,25 @@ impl Images {
     }
 }
 
+/// Reads a file. It must be a regular one: others need not come to an end, and opening a FIFO could wait for ever.
 fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, BootError> {
-    fs::read(path).map_err(|source| BootError::Read {
+    let failed = |source| BootError::Read {
         what,
         path: path.to_owned(),
         source,
-    })
+    };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        let why = "it is not a regular file; copy what it gives into one";
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, why)));
+    }
+    let mut image = Vec::new();
+    file.read_to_end(&mut image).map_err(failed)?;
+    Ok(image)
 }
 
 fn write(memory: &GuestMemory, what: &'static str, at: u64, bytes: &[u8]) -> Result<(), BootError> {
@@ -331,6 +345,19 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Opening a FIFO would wait for whoever writes to it, and a device need not come to an end.
+    #[test]
+    fn images_are_regular_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        for path in [&*fifo, Path::new("/dev/zero"), dir.path()] {
+            let error = read("the kernel", path).unwrap_err().to_string();
+            assert!(error.contains("not a regular file"), "{error}");
+        }
+    }
 
     #[test]
     fn descriptors_are_those_of_the_architecture() {

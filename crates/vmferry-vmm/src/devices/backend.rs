@@ -2,17 +2,18 @@
 //! for a client that does not read, nor for a terminal that was stopped.
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use vmferry_socket::{Permissions, Problem, SocketFile};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::terminal::{EscapeFilter, RawTerminal};
@@ -114,7 +115,7 @@ enum Target {
     Unix {
         listener: UnixListener,
         client: Option<UnixStream>,
-        path: PathBuf,
+        _file: SocketFile,
     },
     Null,
 }
@@ -130,15 +131,16 @@ impl Target {
             },
             SerialConfig::File(path) => {
                 let what = format!("create the {port}'s output file {}", path.display());
-                Target::File(File::create(path).map_err(failed(what))?)
+                Target::File(create(path).map_err(failed(what))?)
             }
             SerialConfig::Unix(path) => {
                 let what = format!("listen for the {port}'s clients on {}", path.display());
-                let listener = listen(path).map_err(failed(what))?;
+                let (listener, file) =
+                    listen(path).map_err(|problem| failed(what)(problem.into()))?;
                 Target::Unix {
                     listener,
                     client: None,
-                    path: path.clone(),
+                    _file: file,
                 }
             }
             SerialConfig::Null => Target::Null,
@@ -209,15 +211,6 @@ impl Target {
     }
 }
 
-impl Drop for Target {
-    fn drop(&mut self) {
-        if let Target::Unix { path, .. } = self {
-            // Nothing is lost when somebody else has removed it.
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
 fn borrow_stdin() -> BorrowedFd<'static> {
     // SAFETY: descriptor 0 stays open for the process's whole life; Rust's runtime opens it if it was closed.
     unsafe { BorrowedFd::borrow_raw(libc::STDIN_FILENO) }
@@ -228,25 +221,34 @@ fn borrow_stdout() -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(libc::STDOUT_FILENO) }
 }
 
-/// Makes way for a socket at `path`. One that a killed machine has left behind refuses to be connected to, and is removed; one in
-/// use is left alone.
-pub(crate) fn remove_stale<T>(
-    path: &Path,
-    connect: impl FnOnce() -> io::Result<T>,
-) -> io::Result<()> {
-    let stale = fs::metadata(path).is_ok_and(|m| m.file_type().is_socket())
-        && connect().is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
-    match stale {
-        true => fs::remove_file(path),
-        false => Ok(()),
-    }
+/// Creates or empties the file that a port's output goes to.
+///
+/// A link is not followed: in a directory that others may write to, they would say with it which file is emptied. Nothing waits
+/// for a FIFO's reader: what is not read finds no room some time, and is dropped.
+fn create(path: &Path) -> io::Result<File> {
+    let refuse = |why| Err(io::Error::new(ErrorKind::InvalidInput, why));
+    let mut options = OpenOptions::new();
+    options.write(true);
+    match path.symlink_metadata().map(|known| known.file_type()) {
+        Ok(kind) if kind.is_symlink() => {
+            return refuse("it is a symbolic link, which is not followed; name the file itself");
+        }
+        Ok(kind) if kind.is_dir() || kind.is_block_device() || kind.is_socket() => {
+            return refuse("it is neither a file, a FIFO nor a character device");
+        }
+        // Open for reading as well, Linux does not wait for a reader, and writing goes on when one has left.
+        Ok(kind) if kind.is_fifo() => options.read(true),
+        _ => options.create(true).truncate(true),
+    };
+    options
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
 }
 
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    remove_stale(path, || UnixStream::connect(path))?;
-    let listener = UnixListener::bind(path)?;
+fn listen(path: &Path) -> Result<(UnixListener, SocketFile), Problem> {
+    let (listener, file) = vmferry_socket::listen(path, Permissions::Umask)?;
     listener.set_nonblocking(true)?;
-    Ok(listener)
+    Ok((listener, file))
 }
 
 /// The back end's thread; it ends, and hands out the last output, when this is dropped.
@@ -465,4 +467,38 @@ struct Ready {
     listener: bool,
     input: bool,
     output: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_file_is_emptied_and_a_link_to_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        std::fs::write(&file, "old").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let error = create(&link).unwrap_err().to_string();
+        assert!(error.contains("symbolic link"), "{error}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"old");
+        create(&file).unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), b"");
+    }
+
+    /// Nobody reads it yet: opening it does not wait, and neither does writing more than it has room for.
+    #[test]
+    fn a_fifo_without_a_reader_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        let mut fifo = create(&path).unwrap();
+        let full = loop {
+            if let Err(error) = fifo.write(&[0; CHUNK]) {
+                break error;
+            }
+        };
+        assert_eq!(full.kind(), ErrorKind::WouldBlock);
+    }
 }

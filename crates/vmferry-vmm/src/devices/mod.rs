@@ -6,7 +6,7 @@ pub(crate) mod events;
 mod serial;
 mod terminal;
 
-pub(crate) use backend::{Backend, BackendEvents, GuestEnd, Input, Outbox, remove_stale};
+pub(crate) use backend::{Backend, BackendEvents, GuestEnd, Input, Outbox};
 pub(crate) use bus::{Bus, MmioDevice, MmioRange, WriteEffect};
 pub(crate) use events::EventDevice;
 pub(crate) use serial::SerialPort;

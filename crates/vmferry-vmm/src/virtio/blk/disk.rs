@@ -61,22 +61,23 @@ impl Disk {
             Caching::Cached => 0,
             Caching::Direct => libc::O_DIRECT,
         };
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(config.access == Access::ReadWrite)
-            .custom_flags(flags)
-            .open(&config.path)
-            .map_err(failed)?;
         let refuse = |why: String| {
             let path = config.path.display();
             Err(MachineError::Config(format!(
                 "{path} cannot be the disk '{id}': {why}"
             )))
         };
-        let kind = file.metadata().map_err(failed)?.file_type();
+        // Before it is opened: that could wait for ever for a FIFO's writer, and have effects on a device.
+        let kind = config.path.metadata().map_err(failed)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return refuse("it is neither a file nor a block device".into());
         }
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(config.access == Access::ReadWrite)
+            .custom_flags(flags)
+            .open(&config.path)
+            .map_err(failed)?;
         let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
         let block_size = match config.caching {
             Caching::Cached => SECTOR,

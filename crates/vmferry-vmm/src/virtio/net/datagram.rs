@@ -1,16 +1,15 @@
 //! A Unix datagram socket that carries frames.
 
-use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
+use vmferry_socket::SocketFile;
 
 use super::HEADER;
 use super::link::{Frame, Link, incoming, must_wait};
-use crate::devices::remove_stale;
 use crate::error::MachineError;
 use crate::virtio::Watch;
 
@@ -19,7 +18,7 @@ pub(super) struct Datagram {
     id: String,
     socket: UnixDatagram,
     remote: PathBuf,
-    local: Option<PathBuf>,
+    _local: Option<SocketFile>,
 }
 
 impl Datagram {
@@ -35,35 +34,26 @@ impl Datagram {
             },
             source,
         };
-        let socket = bind(local).map_err(failed)?;
+        let (socket, file) = bind(local).map_err(failed)?;
         socket.set_nonblocking(true).map_err(failed)?;
         Ok(Datagram {
             id: id.to_owned(),
             socket,
             remote: remote.to_owned(),
-            local: local.map(Path::to_owned),
+            _local: file,
         })
     }
 }
 
-fn bind(local: Option<&Path>) -> io::Result<UnixDatagram> {
+fn bind(local: Option<&Path>) -> io::Result<(UnixDatagram, Option<SocketFile>)> {
     let Some(path) = local else {
         let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
         // The kernel chooses a name.
         rustix::net::bind(&socket, &SocketAddrUnix::new_unnamed())?;
-        return Ok(socket.into());
+        return Ok((socket.into(), None));
     };
-    remove_stale(path, || UnixDatagram::unbound()?.connect(path))?;
-    UnixDatagram::bind(path)
-}
-
-impl Drop for Datagram {
-    fn drop(&mut self) {
-        if let Some(path) = &self.local {
-            // Nothing is lost when somebody else has removed it.
-            let _ = fs::remove_file(path);
-        }
-    }
+    let (socket, file) = vmferry_socket::bind_datagram(path)?;
+    Ok((socket, Some(file)))
 }
 
 impl Link for Datagram {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::announce::Timer;
 use super::link::{Frame, Link, MOST_FRAME, incoming, must_wait, outgoing};
@@ -144,7 +144,7 @@ impl Connection {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        rustix::net::connect(&socket, &SocketAddrUnix::new(path)?).map_err(
+        rustix::net::connect(&socket, &vmferry_socket::address(path)?).map_err(
             |error| match error {
                 Errno::AGAIN => {
                     io::Error::other("whoever listens there accepts no connections now")
