@@ -116,7 +116,7 @@ fn commands_are_listed_and_every_one_is_there() {
         .iter()
         .map(|command| command["name"].as_str().unwrap())
         .collect();
-    assert_eq!(names.len(), 27);
+    assert_eq!(names.len(), 28);
     for name in names {
         let reply = wire.ask(json!({"execute": name, "arguments": {"foo": 1}}).to_string());
         let expected = match name {
