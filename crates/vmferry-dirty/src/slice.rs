@@ -41,7 +41,7 @@ pub struct Slice<'a> {
     cursor: &'a mut Cursor,
     block: BlockIndex,
     scan: Scan,
-    /// Pages taken that the published count still contains; negative after giving back.
+    /// Pages taken that the published count still contains.
     unpublished: i64,
     guard: Option<MutexGuard<'a, ()>>,
 }
@@ -253,6 +253,10 @@ impl<'a> Slice<'a> {
     /// Gives pages back that were taken in this or an earlier slice but not sent.
     pub fn give_back(&mut self, run: Run) {
         self.unpublished -= self.set.put_back(run.block, run.pages) as i64;
+        // At once: while a slice is open the count may be too high, but never so low that pages seem to be sent.
+        if self.unpublished < 0 {
+            self.publish();
+        }
     }
 
     /// [`DirtySet::merge`] inside the slice: with [`Discipline::SliceLock`] one lock covers the merge and all that

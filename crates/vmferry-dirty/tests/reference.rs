@@ -295,6 +295,28 @@ fn the_published_count_is_never_more_than_an_interval_behind() {
     }
 }
 
+#[test]
+fn pages_that_are_given_back_count_at_once() {
+    const PAGES: usize = 1 << 14;
+    for discipline in Discipline::ALL {
+        let set = DirtySet::new(&[PAGES], discipline);
+        set.mark_all();
+        let mut cursor = Cursor::default();
+        let mut slice = set.slice(&mut cursor);
+        let mut taken = Vec::new();
+        while let [run] = take(&mut slice, Take::Runs, 1000)[..] {
+            taken.push(run);
+        }
+        for run in taken {
+            slice.give_back(run);
+            let left = set.bitmap(BlockIndex(0)).count();
+            assert!(set.dirty_pages() >= left, "{discipline}: law 2");
+        }
+        drop(slice);
+        assert_eq!(set.dirty_pages(), PAGES as u64, "{discipline}");
+    }
+}
+
 /// Slices that follow each other at once let a hint in between: it waits for the slice that is open, and not for the
 /// next one. Nobody promises that of a mutex that is not fair.
 #[test]

@@ -17,6 +17,8 @@ struct State {
     dirty: Vec<bool>,
     armed: Vec<bool>,
     arm_calls: usize,
+    /// The next fetch reports the first half of the pages, and fails then.
+    fails: bool,
 }
 
 impl ManualLog {
@@ -44,6 +46,7 @@ impl DirtyLog for ManualLog {
             dirty: vec![true; PAGES],
             armed: vec![false; PAGES],
             arm_calls: 0,
+            fails: false,
         };
         Ok(())
     }
@@ -52,19 +55,21 @@ impl DirtyLog for ManualLog {
         Ok(())
     }
 
-    fn fetch(&self, _: BlockIndex, into: &mut [u64]) -> Result<(), LogError> {
-        for (page, _) in self
-            .0
-            .lock()
-            .unwrap()
-            .dirty
-            .iter()
-            .enumerate()
-            .filter(|(_, d)| **d)
-        {
+    fn fetch(&self, block: BlockIndex, into: &mut [u64]) -> Result<(), LogError> {
+        let mut state = self.0.lock().unwrap();
+        let fails = std::mem::take(&mut state.fails);
+        let reported = if fails { PAGES / 2 } else { PAGES };
+        for page in (0..reported).filter(|&page| state.dirty[page]) {
             into[page / 64] |= 1 << (page % 64);
         }
-        Ok(())
+        match fails {
+            true => Err(LogError::Kernel {
+                action: "fetch the dirty log",
+                block,
+                source: std::io::ErrorKind::OutOfMemory.into(),
+            }),
+            false => Ok(()),
+        }
     }
 
     fn needs_arming(&self) -> bool {
@@ -212,6 +217,29 @@ fn a_flush_syncs_and_takes_in_one_slice() {
         drop(slice);
         tracker.set().mark(BLOCK, PageRange::new(0, 1));
         assert_eq!(tracker.hint(round, BLOCK, PageRange::new(0, 1)), 0);
+    }
+}
+
+/// Two pages of one chunk are written. A sync reports one of them before it fails. The chunk, which had something to arm
+/// already, is armed then: that must not forget what was reported.
+#[test]
+fn what_a_sync_reports_before_it_fails_is_not_lost() {
+    for discipline in Discipline::ALL {
+        let log = Arc::new(ManualLog::new());
+        let tracker =
+            DirtyTracker::start(log.clone(), &[PAGES], discipline, ArmingChunk::default()).unwrap();
+        drain(&tracker);
+        log.write(1);
+        tracker.sync().unwrap();
+        log.write(2);
+        log.write(PAGES - 1);
+        log.0.lock().unwrap().fails = true;
+        tracker.sync().unwrap_err();
+        let set = tracker.set();
+        assert_eq!(set.dirty_pages(), set.bitmap(BLOCK).count(), "law 2");
+        assert_eq!(drain(&tracker), [1, 2], "law 1: a page is lost");
+        tracker.sync().unwrap();
+        assert_eq!(drain(&tracker), [PAGES - 1]);
     }
 }
 

@@ -8,9 +8,10 @@
 //! | [`held_bits_go_back_beside_hint_and_sync`] | a slice that ends in the middle of a word, a hint, a sync | the same |
 //! | [`flush_beside_a_hint`] | a COLO flush (merge and pass in one slice), a hint | the same |
 //! | [`who_takes_a_bit_sees_what_was_written_before_it_was_set`] | a pass, a writer that merges | law 1: page content is published with the bit |
+//! | [`a_slice_that_begins_inside_a_word_sees_what_was_written`] | the same, where a slice goes on inside a word | law 1 |
 //! | [`beside::a_sync_beside_a_pass`] | a sync, a pass that arms, a guest that writes what was just read | laws 1 and 3 |
 //! | [`beside::a_sync_and_a_round_of_hints_beside_a_pass`] | the same, the begin of a round, a hint | laws 1, 3 and 4 |
-//! | [`beside::an_arming_beside_a_pass`] | two threads that arm one chunk, a guest that writes | law 3 |
+//! | [`beside::an_arming_beside_a_pass`] | two threads that arm one chunk, a guest that writes | laws 1 and 3 |
 //! | [`beside::a_write_of_the_vmm_beside_a_sync_and_a_pass`] | a device, a sync, a pass | law 1 for the VMM's own writes |
 //! | [`hints::a_page_in_use_again_is_not_lost`] | arming passes and a sync, a guest that hints and then writes | laws 1, 3 and 4 |
 //! | [`hints::a_page_in_use_again_before_it_was_heard_is_not_lost`] | the same, a guest that writes and is heard later | law 4 |
@@ -188,6 +189,35 @@ fn who_takes_a_bit_sees_what_was_written_before_it_was_set() {
             };
             let mut last_read = None;
             if !drain(&set).is_empty() {
+                last_read = Some(page.load(Relaxed));
+            }
+            writer.join().unwrap();
+            if !drain(&set).is_empty() {
+                last_read = Some(page.load(Relaxed));
+            }
+            assert_eq!(last_read, Some(1), "law 1: the last content was never sent");
+        });
+    }
+}
+
+#[test]
+fn a_slice_that_begins_inside_a_word_sees_what_was_written() {
+    for discipline in BOTH {
+        loom::model(move || {
+            let set = Arc::new(DirtySet::new(&[8], discipline));
+            let page = Arc::new(AtomicU64::new(0));
+            set.mark(BLOCK, range(0, 2));
+            let writer = {
+                let (set, page) = (set.clone(), page.clone());
+                thread::spawn(move || {
+                    page.store(1, Relaxed);
+                    set.merge(BLOCK, &[0b10]);
+                })
+            };
+            let mut cursor = Cursor::default();
+            set.slice(&mut cursor).next_run(1);
+            let mut last_read = None;
+            if set.slice(&mut cursor).next_run(1).is_some() {
                 last_read = Some(page.load(Relaxed));
             }
             writer.join().unwrap();

@@ -19,3 +19,4 @@ mod pausing;
 mod peer_timeout;
 mod steering;
 mod waits;
+mod zeros;
