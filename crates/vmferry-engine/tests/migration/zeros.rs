@@ -289,7 +289,7 @@ fn memory_with_data_is_not_given_back() {
 
 #[test]
 fn data_and_zeros_in_any_order() {
-    let mut random = Random::from_env("data_and_zeros_in_any_order");
+    let mut random = Random::new("data_and_zeros_in_any_order");
     for _ in 0..10 {
         // Few pages, so that each has a history; in all regions.
         let mut write = || {
