@@ -18,7 +18,7 @@ use vmm_sys_util::ioctl_iowr_nr;
 use super::kvm_slots::{KvmSlot, KvmSlots};
 use super::{DirtyLog, LogError};
 use crate::units::{BlockIndex, PAGE_SIZE, PageRange};
-use crate::words::WORD_BITS;
+use crate::words::{WORD_BITS, mask};
 
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
@@ -68,6 +68,17 @@ fn kernel_error(action: &'static str, block: BlockIndex) -> impl Fn(kvm_ioctls::
     }
 }
 
+/// ORs the log of a slot into that of its block, without the bits beyond the slot's last page. Those are no pages, and a
+/// block has no bits beyond its end; it does not count on KVM for that.
+fn merge_slot(slot: &KvmSlot, log: &[u64], into: &mut [u64]) {
+    let first = slot.first_page / WORD_BITS;
+    let words = slot.pages.div_ceil(WORD_BITS);
+    for (word, (to, from)) in into[first..].iter_mut().zip(&log[..words]).enumerate() {
+        let pages = (slot.pages - word * WORD_BITS).min(WORD_BITS);
+        *to |= from & mask(0, pages);
+    }
+}
+
 impl DirtyLog for KvmDirtyLog {
     fn start(&self) -> Result<(), LogError> {
         self.slots.log_on()
@@ -84,14 +95,7 @@ impl DirtyLog for KvmDirtyLog {
                 .vm()
                 .get_dirty_log(slot.slot, slot.pages * PAGE_SIZE)
                 .map_err(kernel_error("fetch the KVM dirty log", block))?;
-            let first = slot.first_page / WORD_BITS;
-            for (to, from) in into[first..].iter_mut().zip(&words) {
-                *to |= from;
-            }
-            // With initially-set, KVM fills its bitmap's last word to the end.
-            if slot.pages % WORD_BITS != 0 {
-                into[first + slot.pages / WORD_BITS] &= (1 << (slot.pages % WORD_BITS)) - 1;
-            }
+            merge_slot(slot, &words, into);
         }
         Ok(())
     }
@@ -130,5 +134,31 @@ impl DirtyLog for KvmDirtyLog {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_beyond_the_end_of_a_slot_are_no_pages() {
+        let slot = |first_page, pages| KvmSlot {
+            slot: 0,
+            guest_addr: 0,
+            host_addr: 0,
+            block: BlockIndex(0),
+            first_page,
+            pages,
+        };
+        let full = [u64::MAX; 3];
+        let mut into = [0, 1 << 63, 0, 0];
+        merge_slot(&slot(0, 70), &full, &mut into);
+        assert_eq!(into, [u64::MAX, 1 << 63 | 0x3f, 0, 0]);
+        into = [0; 4];
+        merge_slot(&slot(64, 128), &full, &mut into);
+        assert_eq!(into, [0, u64::MAX, u64::MAX, 0]);
+        merge_slot(&slot(192, 1), &full, &mut into);
+        assert_eq!(into, [0, u64::MAX, u64::MAX, 1]);
     }
 }
