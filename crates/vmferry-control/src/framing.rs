@@ -4,6 +4,9 @@
 //! counting brackets outside strings, one look at each byte, so a peer that sends a megabyte byte by byte costs a
 //! megabyte's work and not its square, as parsing from the start at each packet would.
 //!
+//! QEMU also takes strings in single quotes, and `\'` in any string. These become what JSON has for them as the bytes
+//! come in, so that what is cut out is JSON.
+//!
 //! How it finds its feet after rubbish, which is close to what QEMU does:
 //! - a balanced `{...}` that is no JSON is reported, and reading goes on behind it;
 //! - a word outside brackets (`garbage`, `nul`) is reported, and reading goes on behind it;
@@ -11,7 +14,11 @@
 //!   UTF-8 forbids and which clients may send to clear the line, drop everything that is pending;
 //! - a value that is larger or deeper than the limits ends the conversation: there is no telling where it stops.
 
+use std::slice;
+
 use serde_json::Value;
+
+use crate::json;
 
 /// Nesting that a value may have. serde_json stops at 128 of its own accord.
 const MAX_DEPTH: usize = 100;
@@ -33,8 +40,8 @@ enum State {
     Idle,
     /// Inside brackets, outside strings.
     Nested,
-    /// Inside a string.
-    Text { escaped: bool },
+    /// Inside a string that ends with this quote.
+    Text { quote: u8, escaped: bool },
     /// Inside a word outside brackets: a bare number, `null`, or rubbish.
     Word,
     /// Behind a value that exceeded a limit.
@@ -91,13 +98,36 @@ impl Framer {
             }
             _ => {}
         }
-        if self.pending.len() == self.limit {
+        let json: &[u8] = match (self.state, byte) {
+            (State::Idle | State::Nested, b'\'') => b"\"",
+            (State::Text { escaped: true, .. }, b'\'') => {
+                // JSON has no such escape, and needs none.
+                self.pending.pop();
+                b"'"
+            }
+            (
+                State::Text {
+                    quote: b'\'',
+                    escaped: false,
+                },
+                b'\'',
+            ) => b"\"",
+            (
+                State::Text {
+                    quote: b'\'',
+                    escaped: false,
+                },
+                b'"',
+            ) => b"\\\"",
+            _ => slice::from_ref(&byte),
+        };
+        if self.pending.len() + json.len() > self.limit {
             return Some(self.end(format!(
                 "JSON token size limit exceeded: a request has at most {} bytes",
                 self.limit
             )));
         }
-        self.pending.push(byte);
+        self.pending.extend_from_slice(json);
         match (self.state, byte) {
             (State::Idle | State::Nested, b'{' | b'[') => {
                 self.depth += 1;
@@ -112,22 +142,34 @@ impl Framer {
                 self.depth -= 1;
                 return (self.depth == 0).then(|| self.finish());
             }
-            (State::Idle | State::Nested, b'"') => self.state = State::Text { escaped: false },
-            (State::Idle, _) => self.state = State::Word,
-            (State::Text { escaped: true }, _) => self.state = State::Text { escaped: false },
-            (State::Text { escaped: false }, b'\\') => self.state = State::Text { escaped: true },
-            (State::Text { escaped: false }, b'"') if self.depth == 0 => {
-                return Some(self.finish());
+            (State::Idle | State::Nested, quote @ (b'"' | b'\'')) => {
+                self.state = State::Text {
+                    quote,
+                    escaped: false,
+                }
             }
-            (State::Text { escaped: false }, b'"') => self.state = State::Nested,
+            (State::Idle, _) => self.state = State::Word,
+            (State::Text { quote, escaped }, _) if escaped || byte == b'\\' => {
+                self.state = State::Text {
+                    quote,
+                    escaped: !escaped,
+                }
+            }
+            (State::Text { quote, .. }, _) if byte == quote => {
+                if self.depth == 0 {
+                    return Some(self.finish());
+                }
+                self.state = State::Nested;
+            }
             _ => {}
         }
         None
     }
 
     fn finish(&mut self) -> Frame {
-        let frame = match serde_json::from_slice(&self.pending) {
+        let frame = match json::from_slice(&self.pending) {
             Ok(value) => Frame::Value(value),
+            Err(error) if error.is_data() => malformed("duplicate key"),
             Err(_) if self.state == State::Word => malformed(&format!(
                 "invalid keyword '{}'",
                 String::from_utf8_lossy(&self.pending)
@@ -154,7 +196,8 @@ impl Framer {
 
 /// A word ends where nothing that belongs to a number or a name goes on.
 fn ends_word(byte: u8) -> bool {
-    byte.is_ascii_whitespace() || matches!(byte, b'{' | b'[' | b'}' | b']' | b'"' | b',' | b':')
+    byte.is_ascii_whitespace()
+        || matches!(byte, b'{' | b'[' | b'}' | b']' | b'"' | b'\'' | b',' | b':')
 }
 
 fn malformed(what: &str) -> Frame {
@@ -227,6 +270,33 @@ mod tests {
     }
 
     #[test]
+    fn single_quotes_are_quotes() {
+        for (text, value) in [
+            (&br#"{'a': 'b"c'}"#[..], json!({"a": "b\"c"})),
+            (br#"{"a": 'it\'s'}"#, json!({"a": "it's"})),
+            (br#"{"a": "it's"}"#, json!({"a": "it's"})),
+            (br#"{"a": "it\'s"}"#, json!({"a": "it's"})),
+            (br#"{'\\': '\"'}"#, json!({"\\": "\""})),
+            (br"'}{'", json!("}{")),
+        ] {
+            assert_eq!(cut(64, &[text]), [Frame::Value(value.clone())]);
+            let bytes: Vec<_> = text.chunks(1).collect();
+            assert_eq!(cut(64, &bytes), [Frame::Value(value)]);
+        }
+        // They take no more room than there is.
+        let quotes = [&b"'"[..], &[b'"'; 40], b"'"].concat();
+        assert!(matches!(cut(64, &[&quotes])[..], [Frame::Excessive(_)]));
+    }
+
+    #[test]
+    fn of_two_members_with_one_name_none_counts() {
+        for text in [r#"{"a":1,"a":1}"#, r#"[{"b":{"a":1,"c":2,'a':3}}]"#] {
+            let twice = Frame::Malformed("JSON parse error, duplicate key".into());
+            assert_eq!(cut(64, &[text.as_bytes()]), [twice]);
+        }
+    }
+
+    #[test]
     fn a_value_beyond_a_limit_ends_the_stream() {
         let deep = [b'['; MAX_DEPTH + 1];
         let long = br#"{"a":"0123456789"}"#;
@@ -247,7 +317,7 @@ mod tests {
     #[test]
     fn any_bytes_are_survived() {
         // A small deterministic generator of bracket-heavy noise.
-        let alphabet = b"{}[]\",:\\ 1an\n\xff\x00\xc3";
+        let alphabet = b"{}[]\"',:\\ 1an\n\xff\x00\xc3";
         let mut seed = 0x2545_f491_4f6c_dd1d_u64;
         for _ in 0..2_000 {
             let mut noise = Vec::new();

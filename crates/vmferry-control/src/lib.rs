@@ -6,10 +6,9 @@
 //! - [`QmpClient`] is a blocking client with a timeout on everything.
 //! - [`units`] reads and writes sizes, bandwidths and durations the way people write them.
 //!
-//! Where it differs from QEMU, on purpose: there is no out-of-band execution; keys and strings take double quotes
-//! only; an address that is no [`Uri`](vmferry_engine::Uri) is refused in that type's words, and ports and descriptors
-//! are numbers; of two members with one name the last counts; a negative number is never taken for a huge one; and a
-//! request is limited to 1 MiB and 100 levels, beyond which the connection is closed after an error.
+//! Where it differs from QEMU, on purpose: there is no out-of-band execution; an address that is no
+//! [`Uri`](vmferry_engine::Uri) is refused in that type's words, and ports and descriptors
+//! are numbers; a negative number is never taken for a huge one; and a request is limited to 1 MiB and 100 levels, beyond which the connection is closed after an error.
 //!
 //! After malformed JSON the server answers `JSON parse error, ...` and reads on behind it: behind the closing bracket,
 //! the word, or the line that a string was left open on. A client that has lost its place sends the byte 0xFF, which
@@ -21,6 +20,7 @@ mod commands;
 mod error;
 mod events;
 mod framing;
+mod json;
 mod message;
 mod outbox;
 pub mod schema;

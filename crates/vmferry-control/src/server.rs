@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmferry_socket::{Permissions, Problem, SocketError, SocketFile};
 
@@ -19,8 +19,13 @@ use crate::events::EventBus;
 use crate::outbox::Outbox;
 use crate::session::Session;
 
-/// Clients at once. Far more than anybody needs, and few enough for their threads and buffers not to matter.
-const MAX_CLIENTS: usize = 32;
+/// Clients that may stay as long as they like. Far more than anybody needs, and few enough for their threads and buffers
+/// not to matter.
+const LASTING_CLIENTS: usize = 32;
+
+/// Clients beyond those. The one that has been silent for longest makes room for the next, so that somebody who wants to
+/// look or to cancel gets in, whoever has forgotten to hang up.
+const PASSING_CLIENTS: usize = 4;
 
 /// How long a server that ends gives commands to finish and replies to be read, and then again threads to notice that
 /// they are cut off.
@@ -43,8 +48,21 @@ struct Shared {
     handler: Arc<dyn Handler>,
     events: EventBus,
     stop: AtomicBool,
-    clients: Mutex<HashMap<u64, Arc<Outbox>>>,
+    clients: Mutex<HashMap<u64, Client>>,
     threads: Threads,
+}
+
+struct Client {
+    outbox: Arc<Outbox>,
+    stay: Stay,
+    /// When it last said something.
+    heard: Instant,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stay {
+    Lasting,
+    Passing,
 }
 
 /// Counts the server's threads. Joining them instead could not be bounded in time.
@@ -178,7 +196,15 @@ impl Drop for QmpServer {
 impl Shared {
     fn each_client(&self, act: fn(&Outbox)) {
         let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        clients.values().for_each(|client| act(client));
+        clients.values().for_each(|client| act(&client.outbox));
+    }
+
+    /// Takes note that a client has said something.
+    fn heard(&self, number: u64) {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get_mut(&number) {
+            client.heard = Instant::now();
+        }
     }
 }
 
@@ -198,6 +224,29 @@ fn accept(listener: &UnixListener, shared: &Arc<Shared>) {
     }
 }
 
+/// Finds a place for one more client; another one may have to leave.
+fn make_room(clients: &mut HashMap<u64, Client>) -> Stay {
+    let (passing, lasting): (Vec<_>, Vec<_>) = clients
+        .iter()
+        .map(|(&number, client)| (number, client))
+        .partition(|(_, client)| client.stay == Stay::Passing);
+    if lasting.len() < LASTING_CLIENTS {
+        return Stay::Lasting;
+    }
+    if passing.len() == PASSING_CLIENTS
+        && let Some((number, silent)) = passing.iter().min_by_key(|(_, client)| client.heard)
+    {
+        tracing::warn!(
+            clients = clients.len(),
+            "too many QMP clients: one that has been silent is disconnected"
+        );
+        silent.outbox.break_off();
+        let number = *number;
+        clients.remove(&number);
+    }
+    Stay::Passing
+}
+
 fn serve(number: u64, stream: UnixStream, shared: &Arc<Shared>) -> io::Result<()> {
     let outbox = Arc::new(Outbox::new(stream.try_clone()?));
     {
@@ -209,11 +258,13 @@ fn serve(number: u64, stream: UnixStream, shared: &Arc<Shared>) -> io::Result<()
         if shared.stop.load(Ordering::SeqCst) {
             return Ok(());
         }
-        if clients.len() == MAX_CLIENTS {
-            tracing::warn!(MAX_CLIENTS, "too many QMP clients: one more is turned away");
-            return Ok(());
-        }
-        clients.insert(number, outbox.clone());
+        let stay = make_room(&mut clients);
+        let client = Client {
+            outbox: outbox.clone(),
+            stay,
+            heard: Instant::now(),
+        };
+        clients.insert(number, client);
     }
     let session = Session::new(
         shared.handler.clone(),
@@ -239,6 +290,6 @@ fn serve(number: u64, stream: UnixStream, shared: &Arc<Shared>) -> io::Result<()
     }
     // If this fails the session is dropped, which ends the writer.
     spawn(shared, "qmp-read", move || {
-        session.run(stream, &for_reader.stop)
+        session.run(stream, &for_reader.stop, || for_reader.heard(number))
     })
 }

@@ -50,7 +50,8 @@ impl Session {
     }
 
     /// The reader thread's work: greets, then answers until the client goes, breaks the limits, or `stop` is set.
-    pub(crate) fn run(mut self, mut stream: UnixStream, stop: &AtomicBool) {
+    /// Calls `heard` when the client has said something.
+    pub(crate) fn run(mut self, mut stream: UnixStream, stop: &AtomicBool, heard: impl Fn()) {
         let mut result = self
             .outbox
             .push_reply(message::greeting(&VersionInfo::current()));
@@ -66,6 +67,7 @@ impl Session {
                     break;
                 }
             };
+            heard();
             framer.push(&buffer[..length], |frame| {
                 if result.is_ok() && !stop.load(Ordering::Relaxed) {
                     result = self.answer(frame);

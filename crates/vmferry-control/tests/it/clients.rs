@@ -129,14 +129,33 @@ fn a_handler_that_panics_costs_one_connection() {
 }
 
 #[test]
-fn one_client_too_many_is_turned_away_and_comes_in_later() {
+fn clients_that_forget_to_hang_up_keep_nobody_out() {
     let rig = Rig::new();
-    let mut clients: Vec<_> = (0..32).map(|_| rig.negotiated()).collect();
-    assert!(rig.connect().ends());
-    clients.pop();
+    let mut lasting: Vec<_> = (0..32).map(|_| rig.negotiated()).collect();
+    let mut passing: Vec<_> = (0..4).map(|_| rig.negotiated()).collect();
+    // The first of them is not the one that has been silent for longest.
+    passing[0].ask(r#"{"execute": "query-status"}"#);
+    for _ in 0..3 {
+        let mut next = rig.negotiated();
+        assert!(passing.remove(1).ends());
+        next.ask(r#"{"execute": "query-status"}"#);
+        passing.push(next);
+    }
+    // Those who came in time are not disturbed.
+    rig.events.emit(Event::Stop);
+    for client in lasting.iter_mut().chain(&mut passing) {
+        assert_eq!(client.read()["event"], "STOP");
+    }
+    // Who hangs up makes room.
+    drop(lasting.pop());
     let began = Instant::now();
-    while rig.connect().line().unwrap().is_none() {
+    loop {
+        let mut kept = rig.negotiated();
+        let _others: Vec<_> = (0..5).map(|_| rig.negotiated()).collect();
+        rig.events.emit(Event::Stop);
+        if kept.line().unwrap().is_some() {
+            break;
+        }
         assert!(began.elapsed() < PATIENCE, "the place was never freed");
-        std::thread::sleep(std::time::Duration::from_millis(5));
     }
 }

@@ -88,6 +88,12 @@ fn requests() -> Vec<String> {
         "garbage",
         "nul",
         "}",
+        r#"{'execute': 'query-status', 'id': 'it\'s "one"'}"#,
+        r#"{"execute": "query-status", "id": 'it\'s', 'exec': {}}"#,
+        r#"{"execute": "query-status", "id": "it\'s"}"#,
+        "'a'",
+        r#"{"execute": "query-status", "execute": "query-status"}"#,
+        r#"{"execute": "query-status", "id": {"a": 1, 'a': 1}}"#,
         // Answers.
         r#"{"execute": "query-status"}"#,
         r#"{"execute": "query-name", "id": null}"#,
@@ -102,6 +108,7 @@ fn requests() -> Vec<String> {
     .into();
     requests.extend([
         command("query-status", json!({"foo": 1})),
+        command("cont", json!({"foo": 1})),
         command("migrate", json!({})),
         command("migrate", json!({"uri": 5})),
         command("migrate", json!({"uri": "tcp:a:1", "detach": 1})),
