@@ -15,8 +15,9 @@ use vmferry_control::units::{format_bandwidth, format_size};
 use vmferry_guests::Heartbeat;
 
 use crate::cli;
+use crate::logging::note;
 use crate::migrate::{quit, succeed};
-use crate::output::{note, print};
+use crate::output::print;
 use crate::progress::{Audience, PATIENCE, POLL, follow};
 use crate::report::{Table, micros, millis};
 

@@ -5,6 +5,7 @@ mod cli;
 mod demo;
 mod dirty_rate;
 mod docs;
+mod logging;
 mod migrate;
 mod output;
 mod progress;
@@ -12,39 +13,45 @@ mod report;
 mod run;
 mod status;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
 
 use cli::{Cli, Command};
+use logging::{Logging, note};
+use run::Signals;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("VMFERRY_LOG")
-                .unwrap_or_else(|_| "error".into()),
-        )
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
-    let result = match cli.command {
-        Command::Run(options) => run::run(options),
-        Command::Migrate(options) => migrate::migrate(&options),
-        Command::Status(options) => status::status(&options),
-        Command::Cancel(options) => cancel::cancel(&options),
-        Command::DirtyRate(options) => dirty_rate::dirty_rate(&options),
-        Command::Demo(options) => demo::demo(&options),
-        Command::Completions { shell } => docs::completions(shell),
-        Command::Man { directory } => docs::man(&directory),
+    let work = work(Cli::parse().command);
+    // Ends last: the last lines are about the end.
+    let (_logging, result) = match Logging::start() {
+        Ok(logging) => (Some(logging), work()),
+        Err(error) => (None, Err(error)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::note(format!("vmferry: {}", sentence(&error)));
+            note(format!("vmferry: {}", sentence(&error)));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// What the command does, once there is a log.
+fn work(command: Command) -> Box<dyn FnOnce() -> anyhow::Result<()>> {
+    match command {
+        Command::Run(options) => {
+            // Now, as there is no second thread yet that a signal could go to.
+            let signals = Signals::take();
+            Box::new(|| run::run(options, signals))
+        }
+        Command::Migrate(options) => Box::new(move || migrate::migrate(&options)),
+        Command::Status(options) => Box::new(move || status::status(&options)),
+        Command::Cancel(options) => Box::new(move || cancel::cancel(&options)),
+        Command::DirtyRate(options) => Box::new(move || dirty_rate::dirty_rate(&options)),
+        Command::Demo(options) => Box::new(move || demo::demo(&options)),
+        Command::Completions { shell } => Box::new(move || docs::completions(shell)),
+        Command::Man { directory } => Box::new(move || docs::man(&directory)),
     }
 }
 

@@ -12,8 +12,3 @@ pub fn print(text: impl Display) -> anyhow::Result<()> {
         .and_then(|()| stdout.flush())
         .context("cannot write to standard output")
 }
-
-/// Tells people something, a line on standard error. If nobody reads it, nobody misses it.
-pub fn note(line: impl Display) {
-    let _ = writeln!(std::io::stderr(), "{line}");
-}

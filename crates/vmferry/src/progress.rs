@@ -76,7 +76,7 @@ impl Display {
             }
             Display::Lines { last } if last.is_none_or(|l| l.elapsed() >= LINE_INTERVAL) => {
                 *last = Some(Instant::now());
-                crate::output::note(line(info));
+                crate::logging::note(line(info));
             }
             Display::Lines { .. } | Display::Nothing => {}
         }

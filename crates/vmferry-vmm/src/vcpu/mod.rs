@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmferry_dirty::log::KvmDirtyRing;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use crate::devices::Bus;
 use crate::error::{Attempt, MachineError};
@@ -134,6 +134,10 @@ impl VcpuThread {
                 // SAFETY: gettid has no preconditions.
                 let id = unsafe { libc::gettid() };
                 of_thread.thread_id.store(id, Ordering::Relaxed);
+                // Whoever started this thread, or this process, may have blocked it.
+                if let Err(error) = unblock_signal(SIGRTMIN()) {
+                    tracing::error!(?error, "a vCPU cannot be interrupted by a signal");
+                }
                 run::run(&of_thread, &gate, &bus, ring.as_ref());
             })
             .map_err(|source: io::Error| MachineError::Os {

@@ -4,23 +4,22 @@ mod balloon;
 mod dirty_rate;
 mod migrations;
 mod monitor;
+mod signals;
 
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use anyhow::{anyhow, bail};
 use vmferry_control::schema::{Event, ShutdownCause, ShutdownData};
 use vmferry_control::{EventBus, QmpServer};
 use vmferry_vmm::{Backing, KernelSource, Machine, MachineConfig, MachineEvent, OnEvent, OnReset};
 
 use crate::cli::{self, Incoming, Kernel};
-use crate::output;
+use crate::logging::note;
 use migrations::Migrations;
 use monitor::Monitor;
+pub use signals::Signals;
 
 /// Why the process is to end.
 #[derive(Debug)]
@@ -42,7 +41,7 @@ impl Exit {
 }
 
 /// Runs a guest until it shuts down or somebody ends it.
-pub fn run(options: cli::Run) -> anyhow::Result<()> {
+pub fn run(options: cli::Run, signals: Signals) -> anyhow::Result<()> {
     if options.kernel.is_none() && options.incoming.is_none() {
         bail!("nothing to run: give --kernel PATH, --kernel guest:NAME, or --incoming URI");
     }
@@ -53,7 +52,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<()> {
     let events = EventBus::new();
     let (exit, exits) = channel();
     // Before there is anything that an end would leave behind.
-    end_on_signals(exit.clone())?;
+    signals.watch(exit.clone())?;
     let on_event = on_event(
         events.clone(),
         exit.clone(),
@@ -71,6 +70,9 @@ pub fn run(options: cli::Run) -> anyhow::Result<()> {
         name,
         exit,
     ));
+    if options.paused && options.incoming.is_some() {
+        machine.pause()?;
+    }
     let server = match &options.qmp {
         Some(path) => Some(QmpServer::bind(path, monitor, events.clone())?),
         None => None,
@@ -78,7 +80,7 @@ pub fn run(options: cli::Run) -> anyhow::Result<()> {
     match &options.incoming {
         Some(Incoming::Uri(uri)) => {
             let uri = migrations.receive(uri, migrations::OnFailure::Exit)?;
-            output::note(format!("vmferry: waiting for a guest at {uri}"));
+            note(format!("vmferry: waiting for a guest at {uri}"));
         }
         Some(Incoming::Defer) => {}
         None if options.paused => {}
@@ -124,29 +126,6 @@ fn config(options: &cli::Run) -> MachineConfig {
     }
 }
 
-fn end_on_signals(exit: Sender<Exit>) -> anyhow::Result<()> {
-    let mut signals =
-        Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot watch for signals")?;
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            /// Signals may come in pairs, as SIGHUP from a terminal and from its shell.
-            const INSISTING: Duration = Duration::from_secs(1);
-            let mut first: Option<Instant> = None;
-            for signal in signals.forever() {
-                if first.is_some_and(|first| first.elapsed() > INSISTING) {
-                    // Whatever keeps the process, it ends.
-                    std::process::exit(128 + signal);
-                }
-                first.get_or_insert_with(Instant::now);
-                // The process may be ending already.
-                let _ = exit.send(Exit::host(ShutdownCause::HostSignal));
-            }
-        })
-        .context("cannot start a thread")?;
-    Ok(())
-}
-
 /// Passes on what happens to the machine. Straight to the bus, so that clients see it before what is only caused by
 /// it: STOP before the migration that goes on from there.
 fn on_event(events: EventBus, exit: Sender<Exit>, balloon: Sender<u64>) -> OnEvent {
@@ -174,7 +153,7 @@ fn on_event(events: EventBus, exit: Sender<Exit>, balloon: Sender<u64>) -> OnEve
                 vmferry_vmm::ShutdownCause::User => end(false, ShutdownCause::HostQmpQuit),
             },
             MachineEvent::InternalError { vcpu, reason } => {
-                output::note(format!("vmferry: the guest stopped: vCPU {vcpu}: {reason}"));
+                note(format!("vmferry: the guest stopped: vCPU {vcpu}: {reason}"));
             }
             MachineEvent::BalloonChange { actual } => {
                 // Whoever listens does so as long as this lives.
