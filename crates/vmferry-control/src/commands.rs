@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::arguments;
 use crate::error::{ErrorClass, QmpError};
 use crate::schema::{
-    AnnounceSelf, Balloon, BalloonInfo, BlockInfo, BlockResize, CalcDirtyRate, CpuInfoFast,
+    AnnounceSelf, Balloon, BalloonInfo, BlockInfo, BlockResize, CalcDirtyRate, Cont, CpuInfoFast,
     DirtyRateInfo, KvmInfo, Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
     MigrateSetParameters, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, NameInfo,
     QueryDirtyRate, StatusInfo,
@@ -126,7 +126,7 @@ commands! {
     /// Stops the vCPUs; not an error if they are stopped.
     "stop" => stop() -> ();
     /// Lets the vCPUs run; not an error if they do.
-    "cont" => cont() -> ();
+    "cont" => cont(arguments: Cont) -> ();
     /// Ends the VM. The answer is still delivered: the server, when dropped, sends what is queued first.
     "quit" => quit() -> ();
     /// Resets the VM as its reset button would.

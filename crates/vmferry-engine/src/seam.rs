@@ -17,7 +17,7 @@
 //! | `save_devices` | |
 //! | a last `fetch`, `.arm()` | `load_devices` |
 //! | `dirty_log().stop()` | `start` if the guest ran on the source |
-//! | on failure before the hand-over: `resume` | |
+//! | on failure before the hand-over: `resume`; else `left` | |
 //!
 //! # What an implementation guarantees
 //!
@@ -76,6 +76,16 @@ pub enum Activity {
     Running,
     /// The guest was paused by its user, or had not been started.
     Paused,
+}
+
+/// How a guest has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Departure {
+    /// The destination has confirmed that the guest is its own. Whoever starts the guest here as well runs it twice.
+    HandedOver,
+    /// The guest was written to a file, a pipe or a command, none of which can confirm anything. The source's user knows
+    /// what becomes of it, and may start it here again.
+    Written,
 }
 
 /// A balloon by which a guest tells, while it is migrated, which of its pages are free: virtio-balloon's free-page
@@ -143,6 +153,13 @@ pub trait Guest: Send + Sync {
         self.resume(Activity::Paused)
     }
 
+    /// Ends a migration that succeeded, in place of [`resume`](Self::resume): the paused guest is no longer this machine's.
+    /// A VMM that lets its user start the guest here once more must ask for an explicit word first if the guest was handed
+    /// over (law 7).
+    fn left(&self, how: Departure) {
+        let _ = how;
+    }
+
     /// The state of vCPUs and devices of the paused guest. May write to guest memory (KVM does, for some of
     /// its paravirtual state), which is why the engine reads the dirty log once more afterwards.
     fn save_devices(&self) -> Result<Vec<DeviceState>, GuestError>;
@@ -160,7 +177,8 @@ pub trait Guest: Send + Sync {
 
     /// Starts a guest that arrived. `paused_for` is how long it stood still as seen from here: never longer
     /// than the true downtime, so that its clocks may be moved on by it. With [`Activity::Paused`] the guest
-    /// arrives paused, and only becomes its user's to start.
+    /// arrives paused, and only becomes its user's to start. The VMM may leave a guest paused that ran on the source, if
+    /// its user has asked for that.
     fn start(&self, activity: Activity, paused_for: Duration) -> Result<(), GuestError>;
 
     /// As [`start`](Self::start), after a hand-over whose end is not known: the source may have kept the guest. It stays

@@ -45,6 +45,12 @@ pub enum MachineError {
         /// What the user can do.
         hint: &'static str,
     },
+    /// The guest was handed over to another machine.
+    #[error(
+        "cannot resume the guest: it was handed over to another machine, which runs it or may start it at any time, and a \
+         guest that runs twice damages its disks and its network"
+    )]
+    HandedOver,
     /// Another process uses a disk.
     #[error("{0}")]
     Locked(String),

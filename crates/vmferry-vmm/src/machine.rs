@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::Kvm;
 use vmferry_dirty::DirtyLog;
+use vmferry_engine::seam::Activity;
 
 use crate::acpi::{self, Platform};
 use crate::boot::{Images, Occasion};
@@ -37,7 +38,9 @@ mod network;
 mod peripherals;
 
 pub use event::{MachineEvent, OnEvent, ShutdownCause};
-pub(crate) use lifecycle::{ChangedDisks, Handover, Lifecycle, STANDSTILL_LIMIT, wrong_state};
+pub(crate) use lifecycle::{
+    ChangedDisks, Handover, Lifecycle, Owner, STANDSTILL_LIMIT, wrong_state,
+};
 pub use peripherals::{BalloonInfo, DiskInfo, VcpuInfo};
 
 /// How everything is when the machine is switched on, to go back to at a reset.
@@ -160,6 +163,8 @@ impl Machine {
             lifecycle: Mutex::new(Lifecycle {
                 state,
                 handover: Handover::None,
+                owner: Owner::ThisMachine,
+                on_arrival: Activity::Running,
                 description: offers.clone(),
                 changed_disks: ChangedDisks::Refuse,
             }),

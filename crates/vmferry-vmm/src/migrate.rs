@@ -7,12 +7,12 @@ use kvm_ioctls::VcpuFd;
 use vm_superio::SerialState;
 use vmferry_dirty::DirtyLog;
 use vmferry_engine::seam::{
-    Activity, DeviceState, FreePageHinting, Guest, GuestError, PauseError, RamBlock,
+    Activity, Departure, DeviceState, FreePageHinting, Guest, GuestError, PauseError, RamBlock,
 };
 
 use crate::error::MachineError;
 use crate::machine::{
-    ChangedDisks, Handover, Lifecycle, Machine, MachineEvent, STANDSTILL_LIMIT, wrong_state,
+    ChangedDisks, Handover, Lifecycle, Machine, MachineEvent, Owner, STANDSTILL_LIMIT, wrong_state,
 };
 use crate::run_state::RunState;
 use crate::state::Sections;
@@ -91,6 +91,9 @@ impl Guest for Machine {
         let before = lifecycle.state;
         let (activity, hint) = match before {
             RunState::Running => (Activity::Running, ""),
+            _ if lifecycle.owner == Owner::AnotherMachine => {
+                (Activity::Paused, "it has left already")
+            }
             RunState::Prelaunch | RunState::Paused => (Activity::Paused, ""),
             RunState::PostMigrate => (Activity::Paused, "it has left already"),
             RunState::FinishMigrate => (Activity::Paused, "another migration has stopped it"),
@@ -142,6 +145,20 @@ impl Guest for Machine {
 
     fn resume_in_doubt(&self) -> Result<(), GuestError> {
         self.stays().map(drop)
+    }
+
+    fn left(&self, how: Departure) {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.state != RunState::FinishMigrate {
+            // The user has ended it meanwhile.
+            return;
+        }
+        lifecycle.state = RunState::PostMigrate;
+        lifecycle.handover = Handover::None;
+        lifecycle.owner = match how {
+            Departure::HandedOver => Owner::AnotherMachine,
+            Departure::Written => Owner::ThisMachine,
+        };
     }
 
     fn save_devices(&self) -> Result<Vec<DeviceState>, GuestError> {
@@ -285,9 +302,9 @@ impl Guest for Machine {
     fn start(&self, activity: Activity, paused_for: Duration) -> Result<(), GuestError> {
         // Should the start fail, the guest stays here, its user's to start.
         let mut lifecycle = self.arrives(paused_for)?;
-        match activity {
-            Activity::Running => self.run(&mut lifecycle),
-            Activity::Paused => self.lock_disks(),
+        match (activity, lifecycle.on_arrival) {
+            (Activity::Running, Activity::Running) => self.run(&mut lifecycle),
+            _ => self.lock_disks(),
         }
         .map_err(GuestError::new)
     }

@@ -15,7 +15,7 @@ pub enum RunState {
     Paused,
     /// Stopped by a migration, which alone decides where the guest goes on.
     FinishMigrate,
-    /// The guest has left; it runs elsewhere.
+    /// The guest has left.
     PostMigrate,
     /// The guest has shut down or the machine was told to quit.
     Shutdown,

@@ -298,8 +298,8 @@ pub struct Run {
     /// The guest's name
     #[arg(long, value_name = "STR")]
     pub name: Option<String>,
-    /// Do not start the guest: the monitor will (cont)
-    #[arg(long, conflicts_with = "incoming")]
+    /// Do not start the guest, not even when it arrives: the monitor will (cont)
+    #[arg(long)]
     pub paused: bool,
     /// End when the guest resets itself, instead of starting it again
     #[arg(long)]

@@ -107,6 +107,15 @@ pub struct KvmInfo {
     pub present: bool,
 }
 
+/// Arguments of `cont`; QEMU's has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Cont {
+    /// Start a guest that was handed over to another machine: the user knows that it does not run there.
+    #[serde(default)]
+    pub x_vmferry_run_twice: bool,
+}
+
 /// An entry of the answer to `query-cpus-fast`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -25,7 +25,7 @@ pub use dirty_rate::{
 };
 pub use events::{Event, MigrationData, MigrationPassData, ShutdownCause, ShutdownData};
 pub use machine::{
-    CommandInfo, CpuInfoFast, CpuInstanceProperties, KvmInfo, NameInfo, RunState, StatusInfo,
+    CommandInfo, Cont, CpuInfoFast, CpuInstanceProperties, KvmInfo, NameInfo, RunState, StatusInfo,
     Version, VersionInfo,
 };
 pub use migration::{

@@ -142,7 +142,7 @@ impl Handler for FakeMachine {
         Ok(())
     }
 
-    fn cont(&self) -> Result<(), QmpError> {
+    fn cont(&self, _: Cont) -> Result<(), QmpError> {
         self.state.lock().unwrap().status = RunState::Running;
         self.events.emit(Event::Resume);
         Ok(())

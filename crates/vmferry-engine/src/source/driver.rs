@@ -12,7 +12,7 @@ use super::shared::Shared;
 use super::writer::{Flushed, StreamWriter};
 use crate::error::MigrationError;
 use crate::hints::{Questions, Tracked};
-use crate::seam::{Activity, Guest, GuestError, GuestLog, PauseError};
+use crate::seam::{Activity, Departure, Guest, GuestError, GuestLog, PauseError};
 use crate::status::Status;
 use crate::transport::{Channel, ChannelKind, Outgoing, TransportError, Uri};
 use crate::wait::Wait;
@@ -94,6 +94,10 @@ impl<'a> Driver<'a> {
         };
         let result = driver.migrate();
         let hold = driver.hold;
+        let departure = match driver.return_path {
+            Some(_) => Departure::HandedOver,
+            None => Departure::Written,
+        };
         let result = match (result, driver.return_path.take()) {
             (Err(error), Some(return_path)) => Err(return_path.explain(error)),
             // A one-way stream: what was written must also arrive (on a disk, in a command that succeeds).
@@ -121,7 +125,7 @@ impl<'a> Driver<'a> {
             .into()),
             (result, _) => result,
         };
-        Self::settle(&**guest, shared, hold, result)
+        Self::settle(&**guest, shared, hold, result.map(|()| departure))
     }
 
     /// Puts the guest where the outcome wants it (law 7): a guest that was not given away goes on.
@@ -129,14 +133,18 @@ impl<'a> Driver<'a> {
         guest: &dyn Guest,
         shared: &Shared,
         hold: Hold,
-        result: Result<(), MigrationError>,
+        result: Result<Departure, MigrationError>,
     ) -> Result<(), MigrationError> {
         let Hold::Paused { was, since } = hold else {
-            return result;
+            return result.map(drop);
         };
-        let Err(failure) = result else {
-            shared.update(|info| info.downtime = Some(since.elapsed()));
-            return Ok(());
+        let failure = match result {
+            Ok(departure) => {
+                guest.left(departure);
+                shared.update(|info| info.downtime = Some(since.elapsed()));
+                return Ok(());
+            }
+            Err(failure) => failure,
         };
         let resumed = match failure {
             MigrationError::Undecided { .. } => guest.resume_in_doubt(),

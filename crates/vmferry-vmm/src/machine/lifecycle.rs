@@ -4,6 +4,7 @@ use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
 
 use vm_superio::SerialState;
+use vmferry_engine::seam::Activity;
 
 use super::{Machine, MachineEvent, ShutdownCause};
 use crate::boot::{Images, Occasion};
@@ -46,10 +47,23 @@ pub(crate) enum ChangedDisks {
     Accept,
 }
 
+/// Which machine the guest is, or may be, run by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// This one, when its user likes.
+    ThisMachine,
+    /// The guest was handed over. A reset does not change that: it would start the same guest, with the same network
+    /// addresses, for a second time.
+    AnotherMachine,
+}
+
 /// What the machine is doing. Whoever holds the mutex around it is the only one to start or stop the guest.
 pub(crate) struct Lifecycle {
     pub state: RunState,
     pub handover: Handover,
+    pub owner: Owner,
+    /// What a guest that ran on the source does when it arrives here.
+    pub on_arrival: Activity,
     /// The machine as its guest knows it; a guest that arrived knows its source's CPU.
     pub description: Description,
     /// Of a guest that is still to arrive.
@@ -62,24 +76,52 @@ impl Machine {
         self.lifecycle().state
     }
 
-    /// Starts the guest, or lets it go on. Does nothing if it runs.
+    /// Returns whether the guest has left, and was not started here again.
+    pub fn has_left(&self) -> bool {
+        let lifecycle = self.lifecycle();
+        lifecycle.state == RunState::PostMigrate || lifecycle.owner == Owner::AnotherMachine
+    }
+
+    /// Starts the guest, or lets it go on. Does nothing if it runs. A guest that has not arrived yet will run when it does.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::HandedOver`] if the guest was handed over to another machine, whether or not it was reset here
+    /// since; see [`resume_anyway`](Self::resume_anyway).
     pub fn resume(&self) -> Result<(), MachineError> {
         let mut lifecycle = self.lifecycle();
+        match lifecycle.owner {
+            Owner::ThisMachine => self.resume_in(&mut lifecycle),
+            Owner::AnotherMachine => Err(MachineError::HandedOver),
+        }
+    }
+
+    /// As [`resume`](Self::resume), also for a guest that was handed over to another machine. Only the user can know
+    /// that it does not run there: call this on their explicit word.
+    pub fn resume_anyway(&self) -> Result<(), MachineError> {
+        self.resume_in(&mut self.lifecycle())
+    }
+
+    fn resume_in(&self, lifecycle: &mut Lifecycle) -> Result<(), MachineError> {
         let hint = match lifecycle.state {
             RunState::Running => return Ok(()),
             RunState::Prelaunch | RunState::Paused | RunState::PostMigrate => {
-                return self.run(&mut lifecycle);
+                return self.run(lifecycle);
+            }
+            RunState::InMigrate => {
+                lifecycle.on_arrival = Activity::Running;
+                return Ok(());
             }
             RunState::FinishMigrate => {
                 "a migration decides on which host it goes on; wait for its end, or cancel it"
             }
-            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
             RunState::Shutdown | RunState::InternalError => "reset it first",
         };
         Err(wrong_state("resume the guest", lifecycle.state, hint))
     }
 
-    /// Stops the guest until [`resume`](Self::resume). Does nothing if it does not run.
+    /// Stops the guest until [`resume`](Self::resume). Does nothing if it does not run. A guest that has not arrived yet
+    /// will be paused when it does.
     pub fn pause(&self) -> Result<(), MachineError> {
         let mut lifecycle = self.lifecycle();
         let hint = match lifecycle.state {
@@ -92,7 +134,10 @@ impl Machine {
             RunState::FinishMigrate => {
                 "a migration has stopped it already; wait for its end, or cancel it"
             }
-            RunState::InMigrate => "it has not arrived yet; wait for the incoming migration",
+            RunState::InMigrate => {
+                lifecycle.on_arrival = Activity::Paused;
+                return Ok(());
+            }
             _ => return Ok(()),
         };
         Err(wrong_state("pause the guest", lifecycle.state, hint))
@@ -144,18 +189,6 @@ impl Machine {
         self.lifecycle().changed_disks = ChangedDisks::Accept;
     }
 
-    /// Says that the guest has left and runs elsewhere.
-    pub fn set_post_migrate(&self) -> Result<(), MachineError> {
-        let mut lifecycle = self.lifecycle();
-        if lifecycle.state != RunState::FinishMigrate {
-            let hint = "no migration has stopped it";
-            return Err(wrong_state("complete a migration", lifecycle.state, hint));
-        }
-        lifecycle.state = RunState::PostMigrate;
-        lifecycle.handover = Handover::None;
-        Ok(())
-    }
-
     pub(crate) fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
         self.lifecycle
             .lock()
@@ -172,6 +205,7 @@ impl Machine {
         }
         lifecycle.state = RunState::Running;
         lifecycle.handover = Handover::None;
+        lifecycle.owner = Owner::ThisMachine;
         self.go();
         self.emit(MachineEvent::Resume);
         Ok(())

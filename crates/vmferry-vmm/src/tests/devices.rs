@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::PathBuf;
 
-use vmferry_engine::seam::{Activity, Guest};
+use vmferry_engine::seam::{Activity, Departure, Guest};
 
 use super::migration::{copy_ram, incoming, migrate};
 use super::*;
@@ -193,7 +193,7 @@ fn a_disk_changes_hands_with_its_guest() {
     wait_for_progress(&destination);
     assert!(!disks.is_free());
     // The source has given it away, and cannot go on while the destination has it.
-    let error = source.resume().unwrap_err().to_string();
+    let error = source.resume_anyway().unwrap_err().to_string();
     assert!(
         error.contains("'root'") && error.contains("another process"),
         "{error}"
@@ -201,7 +201,7 @@ fn a_disk_changes_hands_with_its_guest() {
     assert_eq!(source.run_state(), RunState::PostMigrate);
     drop(destination);
     assert!(disks.is_free());
-    source.resume().unwrap();
+    source.resume_anyway().unwrap();
     wait_for_progress(&source);
     assert!(!disks.is_free());
 }
@@ -276,12 +276,12 @@ fn a_paused_guest_takes_its_disk_along() {
     copy_ram(&source, &destination);
     destination.load_devices(&state).unwrap();
     destination.start(Activity::Paused, Duration::ZERO).unwrap();
-    source.set_post_migrate().unwrap();
+    source.left(Departure::HandedOver);
     assert!(!disks.is_free(), "somebody else could write to it");
     // What has left does not leave once more.
     let error = Guest::pause(&*source, PATIENCE).unwrap_err().to_string();
     assert!(error.contains("it has left already"), "{error}");
-    assert!(source.resume().is_err());
+    assert!(source.resume_anyway().is_err());
     destination.resume().unwrap();
     wait_for_progress(&destination);
 }

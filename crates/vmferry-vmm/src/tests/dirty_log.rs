@@ -3,7 +3,7 @@
 use kvm_ioctls::Kvm;
 use vmferry_dirty::log::KvmDirtyRings;
 use vmferry_dirty::{BlockIndex, DirtyLog, PAGE_SIZE, PageRange};
-use vmferry_engine::seam::{Activity, Guest};
+use vmferry_engine::seam::{Activity, Departure, Guest};
 
 use super::migration::{copy_ram, incoming};
 use super::payload::heartbeats;
@@ -130,7 +130,7 @@ fn everything_is_reported(choice: DirtyLogChoice) {
     destination
         .start(Activity::Running, Duration::ZERO)
         .unwrap();
-    source.set_post_migrate().unwrap();
+    source.left(Departure::HandedOver);
     expect(&events, &MachineEvent::Resume);
     wait_for("all of the memory to be verified", || {
         let beats = heartbeats(&there);

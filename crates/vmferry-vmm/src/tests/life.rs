@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use vmferry_engine::seam::{Activity, Guest};
+use vmferry_engine::seam::{Activity, Departure, Guest};
 
 use super::*;
 use crate::vcpu::{GuestRequest, Wanted};
@@ -198,7 +198,7 @@ fn the_user_and_a_migration_do_not_race() {
         Guest::pause(&*machine, PATIENCE).unwrap(),
         Activity::Running
     );
-    machine.set_post_migrate().unwrap();
+    machine.left(Departure::Written);
     assert_eq!(machine.run_state(), RunState::PostMigrate);
     assert!(Guest::resume(&*machine, Activity::Running).is_err());
     machine.resume().unwrap();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use vmferry_engine::seam::{Activity, DeviceState, Guest};
+use vmferry_engine::seam::{Activity, Departure, DeviceState, Guest};
 
 use super::*;
 use crate::RunState;
@@ -69,7 +69,7 @@ pub(super) fn migrate(source: &Machine, destination: &Machine) -> Timings {
     let paused_for = stopped.elapsed() - pause;
     destination.start(Activity::Running, paused_for).unwrap();
     let start = at.elapsed();
-    source.set_post_migrate().unwrap();
+    source.left(Departure::HandedOver);
     Timings {
         pause,
         save,

@@ -108,7 +108,7 @@ impl Migrations {
                     "Guest is waiting for an incoming migration",
                 ));
             }
-            RunState::PostMigrate => {
+            _ if self.machine.has_left() => {
                 let why = "Can't migrate the vm that was paused due to previous migration";
                 return Err(QmpError::generic(why));
             }
@@ -225,11 +225,6 @@ struct Outgoing(Arc<Migrations>);
 
 impl Observer for Outgoing {
     fn status(&self, status: Status) {
-        if status == Status::Completed
-            && let Err(error) = self.0.machine.set_post_migrate()
-        {
-            tracing::error!("{error}");
-        }
         self.0.announce(status);
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vmferry_control::schema::{
     AnnounceSelf, Balloon, BalloonInfo, BlockDeviceInfo, BlockInfo, BlockIo, BlockResize,
-    BlockdevCacheInfo, CalcDirtyRate, CpuInfoFast, CpuInstanceProperties, DetectZeroes,
+    BlockdevCacheInfo, CalcDirtyRate, Cont, CpuInfoFast, CpuInstanceProperties, DetectZeroes,
     DirtyRateInfo, DirtyTracking, ImageInfo, KvmInfo, Migrate, MigrateContinue, MigrateIncoming,
     MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus,
     MigrationInfo, MigrationParameters, MigrationRamStats, MigrationStatus, NameInfo,
@@ -14,7 +14,7 @@ use vmferry_control::schema::{
 };
 use vmferry_control::{ErrorClass, Handler, QmpError};
 use vmferry_engine::{ArmingChunk, Info, Parameters, Status};
-use vmferry_vmm::{Access, Announcement, Caching, DiskInfo, DiskIo, Machine};
+use vmferry_vmm::{Access, Announcement, Caching, DiskInfo, DiskIo, Machine, MachineError};
 
 use super::Exit;
 use super::migrations::{Migrations, OnFailure, Settings};
@@ -136,8 +136,17 @@ impl Handler for Monitor {
         self.machine.pause().map_err(generic)
     }
 
-    fn cont(&self) -> Result<(), QmpError> {
-        self.machine.resume().map_err(generic)
+    fn cont(&self, arguments: Cont) -> Result<(), QmpError> {
+        match self.machine.resume() {
+            Err(MachineError::HandedOver) if arguments.x_vmferry_run_twice => {
+                self.machine.resume_anyway().map_err(generic)
+            }
+            Err(error @ MachineError::HandedOver) => Err(generic(format!(
+                "{error}; if you have made sure that it does not run there and never will, insist: \
+                 {{\"execute\": \"cont\", \"arguments\": {{\"x-vmferry-run-twice\": true}}}}"
+            ))),
+            result => result.map_err(generic),
+        }
     }
 
     fn quit(&self) -> Result<(), QmpError> {

@@ -62,7 +62,8 @@ fn assert_alone(one: &mut Vm, other: Option<&mut Vm>, image: &Path) {
     if let Some(other) = other {
         assert_ne!(other.run_state(), RunState::Running);
         assert!(!holds(other, image));
-        let refused = other.refuse("cont", Value::Null);
+        let insist = json!({"x-vmferry-run-twice": true});
+        let refused = other.refuse("cont", insist);
         assert!(refused.contains("cannot lock the disk 'root'"), "{refused}");
         assert_ne!(other.run_state(), RunState::Running);
         assert!(!holds(other, image));

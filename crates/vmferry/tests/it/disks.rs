@@ -63,12 +63,13 @@ fn a_disk_goes_with_its_guest_and_comes_back_when_that_fails() {
     destination.wait_for_state(RunState::Running);
     assert!(!active(&mut source) && active(&mut destination));
     assert!(another().contains("another process uses"));
-    let refused = source.refuse("cont", Value::Null);
+    let insist = serde_json::json!({"x-vmferry-run-twice": true});
+    let refused = source.refuse("cont", insist.clone());
     assert!(refused.contains("cannot lock the disk 'root'"), "{refused}");
 
     // The end of its host frees it.
     destination.kill();
-    source.execute("cont", Value::Null);
+    source.execute("cont", insist);
     assert_eq!(source.run_state(), RunState::Running);
     assert!(another().contains("another process uses"));
 }

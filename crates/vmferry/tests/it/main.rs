@@ -4,6 +4,7 @@
 
 mod common;
 
+mod arrives_paused;
 mod balloon;
 mod cancelled;
 mod clock;
@@ -18,10 +19,13 @@ mod disks;
 mod events;
 mod hints;
 mod killed;
+mod logging;
 mod misfit;
 mod monitor;
 mod networks;
 mod qemu_qmp;
+mod second_runner;
+mod signals;
 mod there_and_back;
 mod transports;
 mod waits;
