@@ -99,6 +99,16 @@ pub enum Caching {
     Direct,
 }
 
+/// Whether an image is raw.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// Nobody has said so: an image that looks like one of another format is refused.
+    #[default]
+    Unsaid,
+    /// It is, whatever it looks like.
+    Raw,
+}
+
 /// A disk: a raw image or a block device of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskConfig {
@@ -111,6 +121,8 @@ pub struct DiskConfig {
     pub access: Access,
     /// Whether the host caches it.
     pub caching: Caching,
+    /// Whether it is raw.
+    pub format: ImageFormat,
 }
 
 /// A balloon: what its driver can use of it.
@@ -341,6 +353,7 @@ pub(crate) mod tests {
             id: None,
             access: Access::ReadWrite,
             caching: Caching::Cached,
+            format: ImageFormat::Unsaid,
         };
         let disks = |number| vec![disk.clone(); number];
         assert!(refusal(|c| c.disks = disks(25)).contains("24 slots"));

@@ -42,7 +42,8 @@ mod virtio;
 pub use boot::BootError;
 pub use config::{
     Access, Backing, BadMacAddress, BalloonConfig, Caching, DirtyLogChoice, DiskConfig,
-    KernelSource, MacAddress, MachineConfig, NetBackend, NetConfig, OnReset, SerialConfig,
+    ImageFormat, KernelSource, MacAddress, MachineConfig, NetBackend, NetConfig, OnReset,
+    SerialConfig,
 };
 pub use dirty_log::DirtyLogKind;
 pub use error::MachineError;

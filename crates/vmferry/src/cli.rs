@@ -8,8 +8,8 @@ use vmferry_control::units::{parse_bandwidth, parse_duration, parse_size};
 use vmferry_engine::dirty_rate::Method;
 use vmferry_engine::{Discipline, Uri};
 use vmferry_vmm::{
-    Access, BalloonConfig, Caching, DirtyLogChoice, DiskConfig, MacAddress, NetBackend, NetConfig,
-    RingSize, SerialConfig,
+    Access, BalloonConfig, Caching, DirtyLogChoice, DiskConfig, ImageFormat, MacAddress,
+    NetBackend, NetConfig, RingSize, SerialConfig,
 };
 
 /// Live migration and fault tolerance for KVM virtual machines.
@@ -107,9 +107,10 @@ fn options(text: &str, usage: &str) -> Result<Vec<(String, String)>, String> {
 }
 
 fn parse_disk(text: &str) -> Result<DiskConfig, String> {
-    const USAGE: &str = "use path=FILE[,ro=on|off][,id=NAME][,direct=on|off]";
+    const USAGE: &str = "use path=FILE[,ro=on|off][,id=NAME][,direct=on|off][,format=raw]";
     let (mut path, mut id) = (None, None);
     let (mut access, mut caching) = (Access::ReadWrite, Caching::Cached);
+    let mut format = ImageFormat::Unsaid;
     for (name, value) in options(text, USAGE)? {
         match (&name[..], &value[..]) {
             ("path", _) => path = Some(value.into()),
@@ -118,6 +119,12 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
             ("ro", "off") => access = Access::ReadWrite,
             ("direct", "on") => caching = Caching::Direct,
             ("direct", "off") => caching = Caching::Cached,
+            ("format", "raw") => format = ImageFormat::Raw,
+            ("format", other) => {
+                return Err(format!(
+                    "disks are raw images, and '{other}' is another format: 'qemu-img convert -O raw' makes a raw image"
+                ));
+            }
             _ => return Err(format!("'{name}={value}' is no option of a disk: {USAGE}")),
         }
     }
@@ -126,6 +133,7 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
         id,
         access,
         caching,
+        format,
     })
 }
 
@@ -258,8 +266,8 @@ pub struct Run {
     /// Where the serial port leads: stdio, null, file:PATH or unix:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = parse_serial)]
     pub serial: SerialConfig,
-    /// A disk for the guest (virtio): a raw image or a block device, with the options ro=on, id=NAME and direct=on. A
-    /// comma in FILE is written twice. May be given several times
+    /// A disk for the guest (virtio): a raw image or a block device, with the options ro=on, id=NAME, direct=on and
+    /// format=raw (whatever the image looks like). A comma in FILE is written twice. May be given several times
     #[arg(long, value_name = "path=FILE,...", value_parser = parse_disk)]
     pub disk: Vec<DiskConfig>,
     /// A network interface for the guest (virtio), connected to a TAP interface of the host (tap=NAME), or to a Unix

@@ -7,7 +7,7 @@ use vmferry_engine::seam::{Activity, Departure, Guest};
 
 use super::migration::{copy_ram, incoming, migrate};
 use super::*;
-use crate::{Access, Caching, DiskConfig, RunState, ShutdownCause};
+use crate::{Access, Caching, DiskConfig, ImageFormat, RunState, ShutdownCause};
 
 #[test]
 fn a_guest_powers_its_machine_off() {
@@ -145,6 +145,7 @@ impl Disks {
             id: Some("root".into()),
             access: Access::ReadWrite,
             caching: Caching::Cached,
+            format: ImageFormat::Unsaid,
         }
     }
 

@@ -5,7 +5,7 @@ use vmferry_engine::seam::{Activity, Guest, PauseError};
 use super::disk_driver::{DiskDriver, OK, WRITE};
 use super::storage::{Operation, Storage};
 use super::*;
-use crate::{Access, Caching, DiskConfig, RunState};
+use crate::{Access, Caching, DiskConfig, ImageFormat, RunState};
 
 /// A machine that runs, its disk on `storage`, and a driver that uses the disk.
 fn running(storage: &Storage, dir: &Path, caching: Caching) -> (Arc<Machine>, DiskDriver) {
@@ -14,6 +14,7 @@ fn running(storage: &Storage, dir: &Path, caching: Caching) -> (Arc<Machine>, Di
         id: Some("root".into()),
         access: Access::ReadWrite,
         caching,
+        format: ImageFormat::Unsaid,
     };
     let (machine, _) = machine(MachineConfig {
         disks: vec![disk],
@@ -152,6 +153,7 @@ fn a_read_only_disk_is_never_flushed() {
         id: Some("root".into()),
         access: Access::ReadOnly,
         caching: Caching::Cached,
+        format: ImageFormat::Unsaid,
     };
     let (machine, _) = super::machine(MachineConfig {
         disks: vec![disk],

@@ -9,7 +9,7 @@ use vmferry_engine::seam::{Activity, DeviceState, Guest, GuestError};
 use super::disk_driver::{DiskDriver, OK};
 use super::migration::{copy_ram, incoming};
 use super::*;
-use crate::{Access, Caching, DiskConfig};
+use crate::{Access, Caching, DiskConfig, ImageFormat};
 
 struct Place {
     dir: tempfile::TempDir,
@@ -41,6 +41,7 @@ impl Place {
             id: Some("root".into()),
             access: Access::ReadWrite,
             caching: Caching::Cached,
+            format: ImageFormat::Unsaid,
         };
         MachineConfig {
             disks: vec![disk],
@@ -161,10 +162,19 @@ fn a_guest_that_goes_on_leaves_its_snapshot_without_a_disk() {
     let place = Place::new();
     let (source, mut driver) = place.source();
     let state = save(&source);
+    place.run("cp", &["-a", "image", "saved"]);
     Guest::resume(&*source, Activity::Running).unwrap();
     assert_eq!(driver.write(&source, 3, [3; 512]), OK);
+    // As on a file system whose clock is too coarse to tell.
+    place.run("touch", &["-r", "saved", "image"]);
     let newer = save(&source);
+    if marks(&place) {
+        expect_refusal(place.resume(&source, &state, false));
+    }
+    place.run("touch", &["image"]);
     expect_refusal(place.resume(&source, &state, false));
+    expect_refusal(place.resume(&source, &newer, false));
+    place.run("touch", &["-r", "saved", "image"]);
     drop(place.resume(&source, &newer, false).unwrap());
 }
 

@@ -20,7 +20,8 @@ use super::{
     SavedTransport,
 };
 use crate::config::{
-    Access, Backing, BalloonConfig, Caching, DiskConfig, MacAddress, NetBackend, SerialConfig,
+    Access, Backing, BalloonConfig, Caching, DiskConfig, ImageFormat, MacAddress, NetBackend,
+    SerialConfig,
 };
 use crate::devices::MmioDevice;
 use crate::memory::GuestRam;
@@ -153,6 +154,7 @@ impl World {
                     id: None,
                     access: Access::ReadWrite,
                     caching: Caching::Cached,
+                    format: ImageFormat::Raw,
                 };
                 let disk = Disk::open(&config, "disk".into()).expect(no_error);
                 let kicks = Kicks::new(Block::QUEUES).expect(no_error);

@@ -52,7 +52,7 @@ use crate::memory::GuestMemory;
 
 pub(crate) use balloon::{Balloon, BalloonPort};
 pub use blk::DiskIo;
-pub(crate) use blk::{Block, Comparison, Disk, Settled};
+pub(crate) use blk::{Block, Comparison, Disk, Settled, check_raw};
 pub(crate) use chain::{Broken, Chain};
 pub(crate) use console::Console;
 pub use net::Announcement;

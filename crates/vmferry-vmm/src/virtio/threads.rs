@@ -13,9 +13,9 @@ use super::console::InputGate;
 use super::slot::Slot;
 use super::{
     Announcement, Announcer, Balloon, BalloonPort, Block, Console, Disk, DiskIo, Kicks, Kind,
-    Network, Rng, VirtioDevice, event, signal,
+    Network, Rng, VirtioDevice, check_raw, event, signal,
 };
-use crate::config::{Access, MachineConfig, SerialConfig};
+use crate::config::{Access, ImageFormat, MachineConfig, SerialConfig};
 use crate::devices::{BackendEvents, MmioRange};
 use crate::error::MachineError;
 use crate::layout::{VIRTIO_MMIO_IRQS, VIRTIO_MMIO_SLOT, virtio_slot};
@@ -58,6 +58,10 @@ impl Devices {
             Ok::<_, MachineError>(slot)
         };
         for (disk, id) in config.disks.iter().zip(config.disk_ids()) {
+            // A guest that arrives uses its image already, as a raw one.
+            if disk.format == ImageFormat::Unsaid && !config.incoming {
+                check_raw(&id, &disk.path)?;
+            }
             let disk = Arc::new(Disk::open(disk, id)?);
             let kicks = Kicks::new(Block::QUEUES)?;
             let device = Block::new(disk.clone(), &kicks);

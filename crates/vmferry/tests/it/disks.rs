@@ -173,3 +173,33 @@ fn an_image_is_used_for_one_thing() {
     }
     assert_eq!(vm.run_state(), RunState::Running);
 }
+
+#[test]
+fn an_image_of_another_format_is_refused_until_it_is_said_to_be_raw() {
+    let Some(lab) = Lab::new() else { return };
+    let path = image(&lab);
+    let mut content = vec![0; 4 << 20];
+    content[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    std::fs::write(&path, content).unwrap();
+    let disk = format!("path={path},id=root");
+    let start = [
+        &["run", "--serial", "null"],
+        &KERNEL[..],
+        &["--disk", &disk],
+    ]
+    .concat();
+    let words = vmferry(start).failed();
+    assert!(words.contains("qemu-img convert -f qcow2"), "{words}");
+    let raw = format!("{disk},format=raw");
+    let mut source = Vm::start(&lab, &[&MACHINE[..], &KERNEL, &["--disk", &raw]].concat());
+    // The guest may have written that itself, and can be moved.
+    let waits = [&MACHINE[..], &["--disk", &disk], &INCOMING].concat();
+    let mut destination = Vm::start(&lab, &waits);
+    let uri = destination.uri();
+    source.migrate(&uri);
+    destination.wait_for_state(RunState::Running);
+    let qcow2 = format!("{disk},format=qcow2");
+    let usage = vmferry(["run", "--disk", &qcow2]);
+    assert_eq!(usage.status.code(), Some(2), "{usage:#?}");
+    assert!(usage.stderr.contains("disks are raw images"), "{usage:#?}");
+}

@@ -6,6 +6,7 @@
 //! | `transfer` | bytes on their way between the disk and guest memory |
 //! | `engine`, `ring` | what carries requests out: io_uring, or the device's thread itself |
 //! | `disk`, `lock` | the file of the host, and who may use it |
+//! | `format` | images that are not raw |
 //! | `size` | what the guest knows of the disk's size, and what the image has |
 //! | `stamp` | whether an image has changed since a snapshot |
 //! | `flush` | what of a disk is safe, and flushes that take too long |
@@ -34,6 +35,7 @@ use crate::memory::GuestMemory;
 mod disk;
 mod engine;
 mod flush;
+mod format;
 mod lock;
 mod request;
 mod ring;
@@ -46,6 +48,7 @@ use disk::SECTOR;
 pub use engine::DiskIo;
 use engine::{Done, Engine, Job, Work};
 pub(crate) use flush::Settled;
+pub(crate) use format::check_raw;
 use request::{
     HEADER, MOST_DISCARDED, MOST_SEGMENTS, MOST_ZEROED, Refusal, Request, STATUS, Segment,
 };

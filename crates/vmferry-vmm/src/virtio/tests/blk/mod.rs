@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use virtio_bindings::virtio_blk as blk;
 
 use super::*;
-use crate::config::{Access, Caching, DiskConfig};
+use crate::config::{Access, Caching, DiskConfig, ImageFormat};
 use crate::error::MachineError;
 use crate::virtio::blk::Durability;
 use crate::virtio::{Block, Disk, DiskIo, Settled};
@@ -51,6 +51,7 @@ impl Image {
             id: None,
             access: Access::ReadWrite,
             caching: Caching::Cached,
+            format: ImageFormat::Unsaid,
         }
     }
 
