@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_SREGS2, KVM_CAP_VCPU_ATTRIBUTES, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irqchip, kvm_pit_config,
-    kvm_xsave,
+    KVM_CAP_SREGS2, KVM_CAP_VCPU_ATTRIBUTES, KVM_CAP_X2APIC_API, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_cpuid_entry2,
+    kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
@@ -31,6 +32,8 @@ pub(crate) struct Features {
     pub xsave_extra: usize,
     /// Whether the page directory pointers of a guest in PAE mode can be saved.
     pub sregs2: bool,
+    /// Whether a triple fault that is pending can be saved and restored.
+    pub triple_fault_event: bool,
     /// Whether guests can have a TSC frequency that is not the host's.
     pub tsc_scaling: bool,
 }
@@ -52,6 +55,21 @@ fn mask_pics(vm: &VmFd) -> Result<(), MachineError> {
     Ok(())
 }
 
+/// Switches on a capability of KVM that changes what the state of a vCPU looks like. False if this KVM does not have it.
+fn enable(vm: &VmFd, capability: u32, argument: u32) -> Result<bool, MachineError> {
+    if vm.check_extension_raw(capability.into()) <= 0 {
+        return Ok(false);
+    }
+    let mut request = kvm_enable_cap {
+        cap: capability,
+        ..Default::default()
+    };
+    request.args[0] = argument.into();
+    vm.enable_cap(&request)
+        .attempt("save all of a vCPU's state")?;
+    Ok(true)
+}
+
 impl Hypervisor {
     /// Opens KVM and lets `check` look at it before anything is built.
     pub fn new(check: impl FnOnce(&Kvm) -> Result<(), MachineError>) -> Result<Self, MachineError> {
@@ -70,9 +88,18 @@ impl Hypervisor {
                     .into(),
             ));
         }
+        let x2apic = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+        if !enable(&vm, KVM_CAP_X2APIC_API, x2apic)? {
+            return Err(MachineError::Config(
+                "this host's KVM cannot save local APICs with ids of 32 bits (KVM_CAP_X2APIC_API): Linux 4.8 or newer is \
+                 needed"
+                    .into(),
+            ));
+        }
         let features = Features {
             xsave_extra: (xsave as usize).saturating_sub(size_of::<kvm_xsave>()) / 4,
             sregs2: vm.check_extension_raw(KVM_CAP_SREGS2.into()) > 0,
+            triple_fault_event: enable(&vm, KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1)?,
             tsc_scaling: vm.check_extension(Cap::TscControl),
         };
 

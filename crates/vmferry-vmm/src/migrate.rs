@@ -10,6 +10,7 @@ use vmferry_engine::seam::{
     Activity, Departure, DeviceState, FreePageHinting, Guest, GuestError, PauseError, RamBlock,
 };
 
+use crate::cpuid;
 use crate::error::MachineError;
 use crate::machine::{
     ChangedDisks, Handover, Lifecycle, Machine, MachineEvent, Owner, STANDSTILL_LIMIT, wrong_state,
@@ -187,11 +188,7 @@ impl Guest for Machine {
             selector: self.events.selector(),
         };
         sections.push(events::SECTION.encode(0, &events)?);
-        let power = match self.gate.pending() {
-            Some(GuestRequest::Reset) => PowerState::ResetRequested,
-            Some(GuestRequest::PowerOff) => PowerState::PowerOffRequested,
-            Some(GuestRequest::InternalError { .. }) | None => PowerState::On,
-        };
+        let power = PowerState::from(self.gate.pending());
         sections.push(power::SECTION.encode(0, &power)?);
         for (number, slot) in (0..).zip(self.devices.slots()) {
             sections.push(virtio::section(slot.kind()).encode(number, &slot.save())?);
@@ -238,11 +235,25 @@ impl Guest for Machine {
         for disk in self.devices.disks() {
             disk.check_lock().map_err(GuestError::new)?;
         }
+        let features = self.hypervisor.features;
+        let tables: Vec<_> = cpus.iter().map(CpuState::cpuid).collect();
+        cpuid::accept(&tables, self.config.cpus, &self.offers.cpuid)
+            .map_err(|why| GuestError(format!("cannot load the guest's vCPUs: {why}")))?;
+        for (vcpu, state) in self.vcpus.iter().zip(&cpus) {
+            state
+                .check(&self.msrs)
+                .map_err(|e| cpu::SECTION.error(vcpu.index, "load", e))?;
+        }
+        irqchip.check().map_err(|e| IRQCHIP.error(0, "load", e))?;
+        pit.check().map_err(|e| PIT.error(0, "load", e))?;
         clocks
             .check(self.vcpus.len())
+            .and_then(|()| {
+                self.offers
+                    .accepts_tsc(clocks.tsc_khz(), features.tsc_scaling)
+            })
             .map_err(|e| clock::SECTION.error(0, "load", e))?;
 
-        let features = self.hypervisor.features;
         for (vcpu, state) in self.vcpus.iter().zip(&cpus) {
             let failed = |e: MachineError| cpu::SECTION.error(vcpu.index, "load", e);
             let mut vcpu = vcpu.lock();
@@ -251,7 +262,9 @@ impl Guest for Machine {
                     .set_frequency(&vcpu.fd)
                     .map_err(|e| clock::SECTION.error(0, "load", e))?;
             }
-            state.load(&mut vcpu, features).map_err(failed)?;
+            state
+                .load(&mut vcpu, features, &self.msrs)
+                .map_err(failed)?;
         }
         let vm = &self.hypervisor.vm;
         irqchip.load(vm).map_err(|e| IRQCHIP.error(0, "load", e))?;
@@ -265,11 +278,7 @@ impl Guest for Machine {
             let failed = |e| virtio::section(slot.kind()).error(number, "load", e);
             slot.load(saved).map_err(failed)?;
         }
-        self.gate.set_pending(match power {
-            PowerState::On => None,
-            PowerState::ResetRequested => Some(GuestRequest::Reset),
-            PowerState::PowerOffRequested => Some(GuestRequest::PowerOff),
-        });
+        self.gate.set_pending(power.into());
 
         lifecycle.description = Description {
             tsc_khz: clocks.tsc_khz(),

@@ -307,7 +307,7 @@ impl Machine {
         let features = self.hypervisor.features;
         for (vcpu, power_on) in self.vcpus.iter().zip(&self.power_on.cpus) {
             let inner = vcpu.lock();
-            power_on.load_registers(&inner.fd, features)?;
+            power_on.load_registers(&inner.fd, features, &self.msrs)?;
             cpu::set_tsc_deadline(&inner.fd, 0)?;
         }
         entry.apply(&self.vcpus[0].lock().fd)?;

@@ -168,7 +168,7 @@ fn offset_attribute(value: *mut u64) -> kvm_device_attr {
     }
 }
 
-fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, MachineError> {
+pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, MachineError> {
     let mut offset = 0u64;
     let attribute = offset_attribute(&raw mut offset);
     // SAFETY: the request reads a kvm_device_attr and writes eight bytes at `addr`, which `offset` is.
@@ -179,7 +179,7 @@ fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, MachineError> {
     Ok(offset)
 }
 
-fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), MachineError> {
+pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), MachineError> {
     let attribute = offset_attribute(ptr::from_ref(&offset).cast_mut());
     // SAFETY: the request reads a kvm_device_attr and eight bytes at `addr`, which `offset` is.
     let result = unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attribute) };

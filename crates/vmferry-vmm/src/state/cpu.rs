@@ -1,8 +1,9 @@
 //! A vCPU's state.
 
 use kvm_bindings::{
-    KVMIO, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave, kvm_xsave2,
+    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, KVMIO, Xsave, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_vcpu_events,
+    kvm_xcrs, kvm_xsave, kvm_xsave2,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,8 @@ use crate::error::{Attempt, MachineError};
 use crate::hypervisor::Features;
 use crate::vcpu::Inner;
 
+mod check;
+
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
 
@@ -24,25 +27,25 @@ const PDPTRS_VALID: u64 = 1;
 /// The section of a vCPU.
 pub(crate) const SECTION: SectionKind = SectionKind {
     name: "vmferry/cpu",
-    version: 1,
+    version: 2,
 };
 
 /// The state of a vCPU. The time stamp counter is not in it: `clock` has those of all vCPUs.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct CpuState {
-    cpuid: Vec<kvm_cpuid_entry2>,
-    mp_state: kvm_mp_state,
-    events: kvm_vcpu_events,
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    pub mp_state: kvm_mp_state,
+    pub events: kvm_vcpu_events,
     regs: kvm_regs,
-    sregs: kvm_sregs,
+    pub sregs: kvm_sregs,
     /// Page directory pointers of a guest in PAE mode, which may differ from those in its memory.
     pdptrs: Option<[u64; 4]>,
-    xsave: kvm_xsave,
+    pub xsave: kvm_xsave,
     /// What the extended registers take beyond the traditional 4096 bytes.
     xsave_extra: Vec<u32>,
-    xcrs: kvm_xcrs,
+    pub xcrs: kvm_xcrs,
     debug_regs: kvm_debugregs,
-    msrs: Vec<kvm_msr_entry>,
+    pub msrs: Vec<kvm_msr_entry>,
     lapic: kvm_lapic_state,
     /// The value of IA32_TSC_DEADLINE; only set once the counter is right (see [`set_tsc_deadline`]).
     tsc_deadline: u64,
@@ -85,13 +88,24 @@ impl CpuState {
     /// The order is KVM's: CPUID decides what the rest may hold; the special registers hold the local APIC's
     /// base and mode, which the MSRs and the APIC's own registers depend on; setting the general registers
     /// forgets pending exceptions, so the events come last.
-    pub fn load(&self, vcpu: &mut Inner, features: Features) -> Result<(), MachineError> {
+    /// `msrs` are those that this machine saves.
+    pub fn load(
+        &self,
+        vcpu: &mut Inner,
+        features: Features,
+        msrs: &[u32],
+    ) -> Result<(), MachineError> {
         vcpu.set_cpuid(self.cpuid.clone())?;
-        self.load_registers(&vcpu.fd, features)
+        self.load_registers(&vcpu.fd, features, msrs)
     }
 
     /// As [`load`](Self::load), but the vCPU keeps its CPUID: KVM lets nobody change that once it has run.
-    pub fn load_registers(&self, fd: &VcpuFd, features: Features) -> Result<(), MachineError> {
+    pub fn load_registers(
+        &self,
+        fd: &VcpuFd,
+        features: Features,
+        msrs: &[u32],
+    ) -> Result<(), MachineError> {
         self.set_sregs(fd, features)?;
         fd.set_regs(&self.regs)
             .attempt("restore a vCPU's registers")?;
@@ -99,12 +113,12 @@ impl CpuState {
         fd.set_xcrs(&self.xcrs).attempt("restore a vCPU's XCRs")?;
         fd.set_debug_regs(&self.debug_regs)
             .attempt("restore a vCPU's debug registers")?;
-        msrs::write(fd, &self.msrs)?;
+        msrs::write(fd, &self.msrs, msrs)?;
         fd.set_lapic(&self.lapic)
             .attempt("restore a vCPU's local APIC")?;
         fd.set_mp_state(self.mp_state)
             .attempt("restore a vCPU's run state")?;
-        fd.set_vcpu_events(&self.events)
+        fd.set_vcpu_events(&self.events(features)?)
             .attempt("restore a vCPU's pending events")
     }
 
@@ -116,6 +130,24 @@ impl CpuState {
     /// CPUID as the guest sees it.
     pub fn cpuid(&self) -> &[kvm_cpuid_entry2] {
         &self.cpuid
+    }
+
+    /// The pending events as this KVM takes them.
+    fn events(&self, features: Features) -> Result<kvm_vcpu_events, MachineError> {
+        let mut events = self.events;
+        if features.triple_fault_event {
+            return Ok(events);
+        }
+        if events.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT != 0 && events.triple_fault.pending != 0
+        {
+            return Err(MachineError::Misfit(
+                "the guest is about to be reset by a triple fault, and this host's KVM cannot be told so: use a host \
+                 with Linux 6.0 or newer"
+                    .into(),
+            ));
+        }
+        events.flags &= !KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+        Ok(events)
     }
 
     fn set_sregs(&self, fd: &VcpuFd, features: Features) -> Result<(), MachineError> {
@@ -178,7 +210,7 @@ pub(crate) fn set_tsc_deadline(fd: &VcpuFd, deadline: u64) -> Result<(), Machine
         data: deadline,
         ..Default::default()
     };
-    msrs::write(fd, &[msr])
+    msrs::write(fd, &[msr], &[msr.index])
 }
 
 fn check(result: i32) -> Result<(), errno::Error> {

@@ -1,13 +1,15 @@
 //! The interrupt controllers and the interval timer in KVM.
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_FLAGS_HPET_LEGACY,
+    kvm_irqchip, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
 use super::SectionKind;
 use crate::error::{Attempt, MachineError};
+use crate::layout::IO_APIC;
 
 /// The section of the interrupt controllers.
 pub(crate) const IRQCHIP: SectionKind = SectionKind {
@@ -41,8 +43,8 @@ impl IrqchipState {
         Ok(IrqchipState(chips))
     }
 
-    /// Comes after the local APICs: the I/O APIC delivers at once what is pending in it.
-    pub fn load(&self, vm: &VmFd) -> Result<(), MachineError> {
+    /// Checks a state before any of it is loaded.
+    pub fn check(&self) -> Result<(), MachineError> {
         for (chip, id) in self.0.iter().zip(CHIPS) {
             if chip.chip_id != id {
                 return Err(MachineError::Misfit(format!(
@@ -50,6 +52,21 @@ impl IrqchipState {
                     chip.chip_id
                 )));
             }
+        }
+        let [_, _, io_apic] = &self.0;
+        // SAFETY: all members of the union are plain numbers, and the chip's number says that this one is meant.
+        let base = unsafe { io_apic.chip.ioapic.base_address };
+        if base != u64::from(IO_APIC) {
+            return Err(MachineError::Misfit(format!(
+                "its I/O APIC is at {base:#x}, and at {IO_APIC:#x} in a vmferry machine"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Comes after the local APICs: the I/O APIC delivers at once what is pending in it.
+    pub fn load(&self, vm: &VmFd) -> Result<(), MachineError> {
+        for chip in &self.0 {
             vm.set_irqchip(chip)
                 .attempt("restore an interrupt controller")?;
         }
@@ -66,6 +83,16 @@ impl PitState {
         vm.get_pit2()
             .attempt("save the interval timer")
             .map(PitState)
+    }
+
+    /// Checks a state before any of it is loaded.
+    pub fn check(&self) -> Result<(), MachineError> {
+        if self.0.flags & KVM_PIT_FLAGS_HPET_LEGACY == 0 {
+            return Ok(());
+        }
+        Err(MachineError::Misfit(
+            "an HPET stands in for the timer, and a vmferry machine has none".into(),
+        ))
     }
 
     pub fn load(&self, vm: &VmFd) -> Result<(), MachineError> {

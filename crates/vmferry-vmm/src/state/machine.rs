@@ -50,20 +50,20 @@ impl Description {
             ));
         }
         virtio::accepts(&self.devices, &source.devices)?;
-        let missing = cpuid::missing(&source.cpuid, &self.cpuid);
-        if !missing.is_empty() {
-            return refuse(format!(
-                "this host's CPU lacks features that the guest may use (CPUID {}): start the destination on a host \
-                 with the same or a newer CPU and kernel",
-                missing.join(", ")
-            ));
+        if let Err(why) = cpuid::accept(&[&source.cpuid], self.vcpus, &self.cpuid) {
+            return refuse(why);
         }
-        let (there, here) = (u64::from(source.tsc_khz), u64::from(self.tsc_khz));
+        self.accepts_tsc(source.tsc_khz, tsc_scaling)
+    }
+
+    /// Whether the time stamp counter of a guest, which counts `tsc_khz` ticks in a millisecond, can go on here.
+    pub fn accepts_tsc(&self, tsc_khz: u32, tsc_scaling: bool) -> Result<(), MachineError> {
+        let (there, here) = (u64::from(tsc_khz), u64::from(self.tsc_khz));
         if !tsc_scaling && there.abs_diff(here) * 1_000_000 > there * TSC_TOLERANCE_PPM {
-            return refuse(format!(
+            return Err(MachineError::Misfit(format!(
                 "the guest's time stamp counter runs at {there} kHz, this host's at {here} kHz, and this host's KVM \
                  cannot scale it: start the destination on a host with the same frequency, or one with TSC scaling"
-            ));
+            )));
         }
         Ok(())
     }

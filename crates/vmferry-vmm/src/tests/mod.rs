@@ -23,6 +23,7 @@ mod life;
 mod migration;
 mod payload;
 mod snapshots;
+mod state;
 mod storage;
 
 fn config(cpus: u32, serial: &Path) -> MachineConfig {
