@@ -11,6 +11,18 @@ use crate::transport::TransportError;
 /// What leaves a hand-over undecided, unless its user does.
 pub(crate) const CONNECTION_LOST: &str = "the connection was lost";
 
+/// What the user can do when the kernel gives this process no more descriptors, threads or processes.
+fn resource_advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => "; raise the process's limit on open files (ulimit -n)",
+        Some(libc::ENFILE) => "; the host's limit on open files is reached (fs.file-max)",
+        Some(libc::EAGAIN) => {
+            "; raise the limit on threads and processes (ulimit -u, pids.max of the control group)"
+        }
+        _ => "",
+    }
+}
+
 /// Why a migration failed, on either side. Unless it is [`Undecided`](MigrationError::Undecided) or
 /// [`NotResumed`](MigrationError::NotResumed), the source's guest goes on as before, and the destination's never ran.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +48,28 @@ pub enum MigrationError {
         what: &'static str,
         /// For how long.
         waited: std::time::Duration,
+    },
+    /// The guest stood still for too long, and was taken back.
+    #[error(
+        "the guest stood still for {} ms, and the destination has {what}: it goes on where it was. A pause may take 3 times \
+         the downtime-limit ({} ms), and a second at least; is the network or the destination too slow?",
+        time.as_millis(), limit.as_millis()
+    )]
+    PauseTooLong {
+        /// For how long.
+        time: std::time::Duration,
+        /// What the destination did not do.
+        what: &'static str,
+        /// The downtime limit.
+        limit: std::time::Duration,
+    },
+    /// This process could not get what it needs.
+    #[error("cannot {what}: {source}{}", resource_advice(source))]
+    Resources {
+        /// What was attempted.
+        what: &'static str,
+        /// The kernel's words.
+        source: io::Error,
     },
     /// The destination said why it cannot take the guest.
     #[error("the destination refused: {0}")]

@@ -25,8 +25,8 @@ pub struct Info {
     pub setup_time: Duration,
     /// How long the guest stood still; known at the end.
     pub downtime: Option<Duration>,
-    /// How long it would stand still if the switch-over came now, as measured so far.
-    pub expected_downtime: Duration,
+    /// How long it would stand still if the switch-over came now, as measured so far; `None` before anything is.
+    pub expected_downtime: Option<Duration>,
     /// The guest's RAM.
     pub ram: RamInfo,
     /// How the dirty bitmap is kept right (source only).

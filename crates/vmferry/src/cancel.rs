@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{anyhow, bail};
 use serde_json::Value;
 use vmferry_control::QmpClient;
-use vmferry_control::schema::MigrationStatus;
+use vmferry_control::schema::{MigrationStatus, RunState};
 
 use crate::cli;
 use crate::output::print;
@@ -14,6 +14,12 @@ use crate::progress::{PATIENCE, POLL, is_over};
 /// Cancels the migration of a guest, and waits until it is.
 pub fn cancel(options: &cli::Cancel) -> anyhow::Result<()> {
     let mut vm = QmpClient::connect(&options.monitor.qmp, PATIENCE)?;
+    if vm.query_status()?.status == RunState::Inmigrate {
+        bail!(
+            "this guest is on its way in: cancel its migration on the host that it comes from, or end the wait for it \
+             with 'quit' on this monitor"
+        );
+    }
     match vm.query_migrate()?.status {
         None | Some(MigrationStatus::None) => bail!("there is no migration to cancel"),
         Some(status) if is_over(status) => return Err(too_late(status)),

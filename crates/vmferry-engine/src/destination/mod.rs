@@ -4,7 +4,7 @@ mod populate;
 mod reader;
 mod receiver;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -33,7 +33,8 @@ pub struct Destination {
 /// What the receiving thread shares with those who watch it.
 struct Shared {
     cancel: CancelToken,
-    started: Instant,
+    /// When the source connected.
+    started: OnceLock<Instant>,
     waits: Waits,
     info: Mutex<Info>,
     observer: Box<dyn Observer>,
@@ -44,10 +45,15 @@ impl Shared {
         change(&mut self.info.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Time since the source connected: that of the wait for it is none of the migration's.
+    fn total_time(&self) -> Duration {
+        self.started.get().map_or(Duration::ZERO, Instant::elapsed)
+    }
+
     fn enter(&self, status: Status) {
         self.update(|info| {
             info.status = status;
-            info.total_time = self.started.elapsed();
+            info.total_time = self.total_time();
         });
         tracing::info!(%status, "incoming migration");
         self.observer.status(status);
@@ -75,7 +81,7 @@ impl Destination {
         let bound = listener.uri().clone();
         let shared = Arc::new(Shared {
             cancel: CancelToken::new().map_err(resources)?,
-            started: Instant::now(),
+            started: OnceLock::new(),
             waits: Waits::default(),
             info: Mutex::new(Info {
                 listening: Some(bound.clone()),
@@ -112,7 +118,7 @@ impl Destination {
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         if !info.status.is_final() {
-            info.total_time = self.shared.started.elapsed();
+            info.total_time = self.shared.total_time();
         }
         info.waiting = self.shared.waits.now();
         info
@@ -185,6 +191,7 @@ fn receive(guest: &dyn Guest, listener: &Listener, shared: &Shared) -> Result<()
         let waiting = shared.waits.begin(Wait::Source);
         let channel = listener.accept(KEEPALIVE, &shared.cancel)?;
         drop(waiting);
+        shared.started.get_or_init(Instant::now);
         shared.enter(Status::Active);
         Receiver::new(guest, &channel, shared, populator)?.run()
     })

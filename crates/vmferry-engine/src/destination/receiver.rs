@@ -18,8 +18,8 @@ use crate::status::Status;
 use crate::transport::Channel;
 use crate::wait::Wait;
 
-/// Pages between two updates of the figures.
-const UPDATE_INTERVAL: u64 = 4096;
+/// Time between two updates of the figures.
+const UPDATE_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How long the source gets to read why its guest was refused.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -103,7 +103,7 @@ impl<'a> Receiver<'a> {
 
     /// Reads the stream up to the point where the guest is complete here.
     fn receive(&mut self) -> Result<(), MigrationError> {
-        let mut pages = 0;
+        let mut updated = Instant::now();
         loop {
             // Pages first: they are nearly everything.
             match self.stream.next()? {
@@ -115,7 +115,6 @@ impl<'a> Receiver<'a> {
                     let page = PageIndex(offset as usize / PAGE_SIZE);
                     self.populator.data_arrives(block, page);
                     self.memory.page(block, page, data);
-                    pages += 1;
                 }
                 Event::ZeroPage { block, offset } => {
                     let page = PageIndex(offset as usize / PAGE_SIZE);
@@ -123,11 +122,10 @@ impl<'a> Receiver<'a> {
                     memory.zero_page(block, page);
                     self.populator
                         .zeros_arrive(block, page, |block, range| memory.has_data(block, range));
-                    pages += 1;
                 }
                 Event::RamPartEnd { .. } => {
-                    if pages >= UPDATE_INTERVAL {
-                        pages = 0;
+                    if updated.elapsed() >= UPDATE_INTERVAL {
+                        updated = Instant::now();
                         self.publish();
                     }
                 }

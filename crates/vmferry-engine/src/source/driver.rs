@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 use vmferry_dirty::DirtyTracker;
 use vmferry_wire::{Command, DeviceState, Encoder, RamLayout};
 
-use super::pace::{BandwidthMeter, RateLimiter};
+use super::bandwidth::BandwidthMeter;
+use super::pace::RateLimiter;
 use super::return_path::ReturnPath;
 use super::shared::Shared;
+use super::standstill::Standstill;
 use super::writer::{Flushed, StreamWriter};
 use crate::error::MigrationError;
 use crate::hints::{Questions, Tracked};
@@ -29,7 +31,12 @@ pub(super) enum Hold {
     /// It is its user's.
     None,
     /// Paused for the switch-over since then.
-    Paused { was: Activity, since: Instant },
+    Paused {
+        was: Activity,
+        since: Instant,
+        /// How long it may stand still, if it would run otherwise.
+        bound: Option<Standstill>,
+    },
 }
 
 /// One outgoing migration. Each phase is a method; they are called in the order of [`Driver::migrate`].
@@ -42,8 +49,8 @@ pub(super) struct Driver<'a> {
     pub(super) limiter: RateLimiter,
     pub(super) meter: BandwidthMeter,
     pub(super) hold: Hold,
-    /// Number of the last PING.
-    pub(super) pings: u32,
+    /// Number of a PING that is put into the stream, but not all written.
+    pub(super) pinging: Option<u32>,
 }
 
 impl<'a> Driver<'a> {
@@ -69,16 +76,17 @@ impl<'a> Driver<'a> {
         let timeout = shared.parameters().peer_timeout;
         let outgoing = Outgoing::open(uri, timeout, &shared.cancel, &shared.waits)?;
         let channel = outgoing.channel();
-        let return_path =
-            match channel.kind() {
-                ChannelKind::Socket => Some(ReturnPath::open(channel).map_err(|source| {
-                    MigrationError::Connection {
-                        peer: "destination",
+        let return_path = match channel.kind() {
+            ChannelKind::Socket => {
+                Some(
+                    ReturnPath::open(channel).map_err(|source| MigrationError::Resources {
+                        what: "listen to the destination",
                         source,
-                    }
-                })?),
-                ChannelKind::Pipe | ChannelKind::File => None,
-            };
+                    })?,
+                )
+            }
+            ChannelKind::Pipe | ChannelKind::File => None,
+        };
         let layout = RamLayout::new(guest.ram().iter().map(|b| (b.name(), b.len() as u64)))?;
         shared.update(|info| info.ram.total = layout.total());
         let mut driver = Driver {
@@ -88,9 +96,9 @@ impl<'a> Driver<'a> {
             writer: StreamWriter::new(Encoder::new(layout)),
             return_path,
             limiter: RateLimiter::new(Instant::now()),
-            meter: BandwidthMeter::default(),
+            meter: BandwidthMeter::new(),
             hold: Hold::None,
-            pings: 0,
+            pinging: None,
         };
         let result = driver.migrate();
         let hold = driver.hold;
@@ -135,7 +143,7 @@ impl<'a> Driver<'a> {
         hold: Hold,
         result: Result<Departure, MigrationError>,
     ) -> Result<(), MigrationError> {
-        let Hold::Paused { was, since } = hold else {
+        let Hold::Paused { was, since, .. } = hold else {
             return result.map(drop);
         };
         let failure = match result {
@@ -240,7 +248,12 @@ impl<'a> Driver<'a> {
             drop(waiting);
             match paused {
                 Ok(was) => {
-                    self.hold = Hold::Paused { was, since };
+                    let parameters = self.shared.parameters();
+                    let bound = match was {
+                        Activity::Running => Some(Standstill::begin(since, &parameters)),
+                        Activity::Paused => None,
+                    };
+                    self.hold = Hold::Paused { was, since, bound };
                     return Ok(());
                 }
                 Err(PauseError::Busy(why)) if attempt < ATTEMPTS => {
@@ -264,9 +277,17 @@ impl<'a> Driver<'a> {
     fn wait_before_switchover(&mut self) -> Result<(), MigrationError> {
         if self.shared.parameters().pause_before_switchover {
             self.shared.enter(Status::PreSwitchover);
-            let _waiting = self.shared.waits.begin(Wait::Continue);
-            while !self.shared.wait_to_proceed(CHECK_INTERVAL) {
+            let (shared, start) = (self.shared, Instant::now());
+            let _waiting = shared.waits.begin(Wait::Continue);
+            while !shared.wait_to_proceed(CHECK_INTERVAL) {
                 self.check()?;
+            }
+            // The user wanted this time.
+            if let Hold::Paused {
+                bound: Some(bound), ..
+            } = &mut self.hold
+            {
+                bound.extend(start.elapsed());
             }
         }
         self.shared.enter(Status::Device);
@@ -291,16 +312,32 @@ impl<'a> Driver<'a> {
             .writer
             .flush(self.channel, deadline, timeout, &self.shared.waits)?;
         let bytes = self.writer.written() - before;
-        self.meter.wrote(bytes, start.elapsed());
+        self.meter.wrote(bytes, start);
         self.limiter.sent(bytes);
+        if flushed == Flushed::All
+            && let Some(number) = self.pinging.take()
+        {
+            self.meter.pinged(number, Instant::now());
+        }
         Ok(flushed)
     }
 
     /// Fails if the user has cancelled or the destination has given up.
-    pub(super) fn check(&self) -> Result<(), MigrationError> {
+    pub(super) fn check(&mut self) -> Result<(), MigrationError> {
         if self.shared.cancel.is_cancelled() {
             return Err(MigrationError::Cancelled);
         }
-        self.return_path.as_ref().map_or(Ok(()), ReturnPath::check)
+        match &self.return_path {
+            Some(return_path) => return_path.check(&mut self.meter),
+            None => Ok(()),
+        }
+    }
+
+    /// How long the guest that was paused for the switch-over may stand still.
+    pub(super) fn bound(&self) -> Option<Standstill> {
+        match self.hold {
+            Hold::Paused { bound, .. } => bound,
+            Hold::None => None,
+        }
     }
 }

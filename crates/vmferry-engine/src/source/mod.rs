@@ -1,10 +1,12 @@
 //! The source: copies a running guest away, and gives it up only when the other side has all of it.
 
+mod bandwidth;
 mod driver;
 mod pace;
 mod precopy;
 mod return_path;
 mod shared;
+mod standstill;
 mod switchover;
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! How fast to send, and how fast sending is.
+//! How fast to send: the user's bandwidth limit.
 
 use std::time::{Duration, Instant};
 
@@ -56,46 +56,6 @@ impl RateLimiter {
     }
 }
 
-/// Measures what the channel takes, from the time that writing to it took.
-///
-/// The user's bandwidth limit does not show in it: waiting for the next window is not writing. That is
-/// right, because the limit does not hold for the switch-over, whose length this is to foretell.
-#[derive(Debug, Default)]
-pub(super) struct BandwidthMeter {
-    bytes: u64,
-    busy: Duration,
-    /// Of the last measurement that was long enough.
-    rate: u64,
-}
-
-impl BandwidthMeter {
-    /// Writing `bytes` took `busy`.
-    pub(super) fn wrote(&mut self, bytes: u64, busy: Duration) {
-        /// Short bursts vanish in the socket's buffer and say nothing.
-        const ENOUGH: Duration = Duration::from_millis(5);
-        self.bytes += bytes;
-        self.busy += busy;
-        if self.busy >= ENOUGH || self.rate == 0 {
-            self.rate = (self.bytes as f64 / self.busy.as_secs_f64().max(1e-6)) as u64;
-        }
-        // A measurement fades: what was sent a while ago counts less than what is sent now.
-        if self.busy >= 20 * ENOUGH {
-            self.bytes /= 2;
-            self.busy /= 2;
-        }
-    }
-
-    /// Bytes a second; 0 while nothing was written.
-    pub(super) fn rate(&self) -> u64 {
-        self.rate
-    }
-
-    /// How long `bytes` will take.
-    pub(super) fn time_for(&self, bytes: u64) -> Duration {
-        Duration::from_secs_f64(bytes as f64 / self.rate.max(1) as f64)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,15 +86,5 @@ mod tests {
             limiter.allowance(at(9_950), None),
             Allowance::Bytes(u64::MAX)
         );
-    }
-
-    #[test]
-    fn bandwidth_is_bytes_over_time_spent_writing() {
-        let mut meter = BandwidthMeter::default();
-        for _ in 0..100 {
-            meter.wrote(1_000_000, Duration::from_millis(1));
-        }
-        assert!((900_000_000..1_100_000_000).contains(&meter.rate()));
-        assert_eq!(meter.time_for(meter.rate()).as_millis(), 1000);
     }
 }

@@ -11,7 +11,6 @@ use super::pace::Allowance;
 use super::writer::Flushed;
 use crate::error::MigrationError;
 use crate::hints::Questions;
-use crate::seam::GuestError;
 use crate::wait::Wait;
 
 /// Law 5: a slice ends after this time, with or without a lock held.
@@ -84,13 +83,20 @@ impl Driver<'_> {
             self.sync(tracker)?;
             let dirty = tracker.set().dirty_pages();
             let elapsed = std::mem::replace(&mut last_sync, Instant::now()).elapsed();
-            let expected = self.meter.time_for(dirty * PAGE_ON_WIRE);
+            let now = Instant::now();
+            let expected = self.meter.time_for(dirty * PAGE_ON_WIRE, now);
+            let expected = expected.unwrap_or_default();
             self.shared.update(|info| {
                 info.ram.dirty_pages_rate = per_second(dirty, elapsed);
                 info.ram.pages_per_second = per_second(before, elapsed);
-                info.expected_downtime = expected;
+                info.expected_downtime = Some(expected);
             });
-            tracing::debug!(dirty, ?expected, bandwidth = self.meter.rate(), "pass done");
+            tracing::debug!(
+                dirty,
+                ?expected,
+                bandwidth = self.meter.rate(now),
+                "pass done"
+            );
             if expected <= self.shared.parameters().downtime_limit {
                 // The limit is what the user bears, not what we aim for: go on as long as each pass makes
                 // the rest much smaller. That is a handful of passes, each shorter than the one before.
@@ -106,15 +112,19 @@ impl Driver<'_> {
     }
 
     /// Has the guest's machine do what shortens the pause. How long that took: the guest has gone on writing meanwhile.
-    fn prepare_pause(&self) -> Result<Duration, MigrationError> {
+    fn prepare_pause(&mut self) -> Result<Duration, MigrationError> {
         let start = Instant::now();
-        let _waiting = self.shared.waits.begin(Wait::PausePreparation);
+        let shared = self.shared;
+        let _waiting = shared.waits.begin(Wait::PausePreparation);
         let guest = self.guest.clone();
         let (over, result) = sync_channel(1);
         let thread = std::thread::Builder::new()
             .name("prepare-pause".to_owned())
             .spawn(move || over.send(guest.prepare_pause()))
-            .map_err(|e| GuestError(format!("no thread to prepare the guest's pause: {e}")))?;
+            .map_err(|source| MigrationError::Resources {
+                what: "start a thread that prepares the guest's pause",
+                source,
+            })?;
         loop {
             match result.recv_timeout(CHECK_INTERVAL) {
                 Ok(result) => return Ok(result.map(|()| start.elapsed())?),
@@ -131,19 +141,33 @@ impl Driver<'_> {
     /// Waits until the destination has taken in all that was sent. What sits in the sockets' buffers when
     /// the guest is paused would be downtime; and only now is it known how fast the whole way is.
     fn wait_until_received(&mut self) -> Result<(), MigrationError> {
-        let Some(return_path) = &self.return_path else {
+        if self.return_path.is_none() {
+            self.meter.took_all(Instant::now());
             return Ok(());
-        };
-        let start = Instant::now();
-        self.pings = self.pings.wrapping_add(1);
-        self.writer.command(Command::Ping(self.pings));
+        }
+        let shared = self.shared;
+        let _waiting = shared.waits.begin(Wait::Receipt);
+        if !self.meter.has_room_for_ping() {
+            self.wait_for_pongs()?;
+        }
+        self.put_ping();
+        self.flush_all()?;
+        self.wait_for_pongs()
+    }
+
+    fn wait_for_pongs(&mut self) -> Result<(), MigrationError> {
         let timeout = self.shared.parameters().peer_timeout;
-        let waits = &self.shared.waits;
-        self.writer.flush(self.channel, None, timeout, waits)?;
-        let _waiting = waits.begin(Wait::Receipt);
-        return_path.wait_for_pong(self.pings, timeout)?;
-        self.meter.wrote(0, start.elapsed());
-        Ok(())
+        match &self.return_path {
+            Some(return_path) => return_path.wait_for_pongs(&mut self.meter, timeout),
+            None => Ok(()),
+        }
+    }
+
+    /// Asks the destination to answer when it has taken in all that was put before.
+    fn put_ping(&mut self) {
+        let number = self.meter.next_ping();
+        self.writer.command(Command::Ping(number));
+        self.pinging = Some(number);
     }
 
     /// Fetches the dirty log into the bitmap.
@@ -171,6 +195,9 @@ impl Driver<'_> {
             let end = self.slice(tracker, &mut cursor, pace)?;
             self.publish(tracker);
             self.check()?;
+            if let (Some(bound), true) = (self.bound(), end != SliceEnd::PassDone) {
+                bound.check("not taken all of its memory")?;
+            }
             match end {
                 SliceEnd::PassDone => return Ok(()),
                 SliceEnd::TimeIsUp => {}
@@ -197,7 +224,15 @@ impl Driver<'_> {
         let mut batch = Batch::new();
         loop {
             let allowed = match self.allowance(pace) {
-                Allowance::Wait(wait) => return Ok(SliceEnd::RateLimit(wait)),
+                Allowance::Wait(wait) => {
+                    if self.return_path.is_some() && self.meter.may_ping() {
+                        self.put_ping();
+                        if self.flush(Some(deadline))? == Flushed::Partly {
+                            return Ok(SliceEnd::TimeIsUp);
+                        }
+                    }
+                    return Ok(SliceEnd::RateLimit(wait));
+                }
                 Allowance::Bytes(bytes) => bytes / PAGE_ON_WIRE,
             };
             let allowed = usize::try_from(allowed).unwrap_or(SECTION_PAGES);
@@ -205,6 +240,7 @@ impl Driver<'_> {
             let mut sent = Pages::default();
             let mut taking = Duration::ZERO;
             let (mut more, arming_before) = (true, slice.arming_time());
+            let working = Instant::now();
             self.writer.put(|e, out| e.ram_part(out));
             while more && room > 0 {
                 let start = Instant::now();
@@ -214,6 +250,12 @@ impl Driver<'_> {
                 self.put_batch(&batch, &mut sent);
             }
             self.writer.put(|e, out| e.end_of_ram_records(out));
+            if self.return_path.is_some() && self.meter.wants_ping(Instant::now()) {
+                self.put_ping();
+            }
+            if self.channel.unsent() == 0 {
+                self.meter.starved(working.elapsed());
+            }
             self.shared.update(|info| {
                 let arming = slice.arming_time() - arming_before;
                 info.tracking.arming += arming;
@@ -284,7 +326,10 @@ impl Driver<'_> {
         let written = self.writer.written();
         let remaining = tracker.set().dirty_pages() * PAGE_SIZE as u64;
         let paused = matches!(self.hold, Hold::Paused { .. });
-        let bandwidth = self.meter.rate();
+        let now = Instant::now();
+        let bandwidth = self.meter.rate(now);
+        let rest = tracker.set().dirty_pages() * PAGE_ON_WIRE;
+        let rest = self.meter.time_for(rest, now);
         self.shared.update(|info| {
             let new = written - info.ram.transferred;
             info.ram.transferred = written;
@@ -293,7 +338,11 @@ impl Driver<'_> {
                 false => info.ram.precopy_bytes += new,
             }
             info.ram.remaining = remaining;
-            info.bandwidth = bandwidth;
+            info.bandwidth = bandwidth.unwrap_or(0);
+            // From the first sync on, the last one tells more.
+            if info.ram.dirty_sync_count == 1 {
+                info.expected_downtime = rest;
+            }
         });
     }
 }

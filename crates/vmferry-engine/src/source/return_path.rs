@@ -6,10 +6,13 @@ use std::time::{Duration, Instant};
 
 use vmferry_wire::{ReturnPathError, ReturnPathMessage};
 
+use super::bandwidth::{BandwidthMeter, MOST_PINGS};
+use super::standstill::Standstill;
 use crate::error::MigrationError;
 use crate::transport::Channel;
 
-type Word = Result<ReturnPathMessage, ReturnPathError>;
+/// What was said, and when it was heard.
+type Word = (Result<ReturnPathMessage, ReturnPathError>, Instant);
 
 /// What the destination says, as it says it.
 pub(super) struct ReturnPath {
@@ -21,9 +24,11 @@ pub(super) struct ReturnPath {
 impl ReturnPath {
     /// Starts listening on a two-way channel.
     pub(super) fn open(channel_to_read: &Channel) -> std::io::Result<Self> {
+        /// More than a destination has to say before it is listened to: answers to PINGs, and why it gives up.
+        const MOST_WORDS: usize = MOST_PINGS + 4;
+        // All that can fail comes before the thread, which nothing would end if something did.
         let reading = channel_to_read.try_clone()?;
-        /// More than a destination has to say before it is listened to.
-        const MOST_WORDS: usize = 8;
+        let channel = channel_to_read.try_clone()?;
         let (sender, words) = sync_channel(MOST_WORDS);
         let reader = std::thread::Builder::new()
             .name("return-path".to_owned())
@@ -32,23 +37,29 @@ impl ReturnPath {
                     let word = ReturnPathMessage::read_from(&mut &reading);
                     let last = matches!(word, Err(_) | Ok(ReturnPathMessage::Shut(_)));
                     // The first of too many words is refused when it is read; the others need not be kept.
-                    if sender.try_send(word).is_err() || last {
+                    if sender.try_send((word, Instant::now())).is_err() || last {
                         return;
                     }
                 }
             })?;
         Ok(ReturnPath {
             words,
-            channel: channel_to_read.try_clone()?,
+            channel,
             reader: Some(reader),
         })
     }
 
-    /// Fails if the destination has given up. Nothing else is said before the hand-over.
-    pub(super) fn check(&self) -> Result<(), MigrationError> {
-        match self.words.try_recv() {
-            Ok(word) => Err(self.refusal(word)),
-            Err(TryRecvError::Empty | TryRecvError::Disconnected) => Ok(()),
+    /// Takes note of the answers to PINGs that have come. Fails if the destination has given up: it says nothing else
+    /// before the hand-over.
+    pub(super) fn check(&self, meter: &mut BandwidthMeter) -> Result<(), MigrationError> {
+        loop {
+            match self.words.try_recv() {
+                Ok((word, at)) => match hear(word, at, meter)? {
+                    Some(other) => return Err(unexpected(&other)),
+                    None => {}
+                },
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Ok(()),
+            }
         }
     }
 
@@ -61,29 +72,65 @@ impl ReturnPath {
         /// How long its words may be behind the closing.
         const GRACE: Duration = Duration::from_millis(500);
         match self.words.recv_timeout(GRACE) {
-            Ok(word @ Ok(ReturnPathMessage::Error(_))) => self.refusal(word),
+            Ok((Ok(ReturnPathMessage::Error(why)), _)) => MigrationError::Refused(why),
             _ => error,
         }
     }
 
-    /// Waits for the next message. Fails when for `timeout` neither the message nor any of what was sent
-    /// before has come through. `what` completes "the destination has ...".
+    /// Waits until all PINGs are answered.
+    pub(super) fn wait_for_pongs(
+        &self,
+        meter: &mut BandwidthMeter,
+        timeout: Duration,
+    ) -> Result<(), MigrationError> {
+        while meter.unanswered() > 0 {
+            let (word, at) = self.next(timeout, None, "not answered")?;
+            if let Some(other) = hear(word, at, meter)? {
+                return Err(unexpected(&other));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the next message that is no answer to a PING. Fails when for `timeout` neither a message nor any of what
+    /// was sent before has come through, and at the moment `until`. `what` completes "the destination has ...".
     pub(super) fn wait(
         &self,
+        meter: &mut BandwidthMeter,
         timeout: Duration,
+        until: Option<Standstill>,
         what: &'static str,
     ) -> Result<ReturnPathMessage, MigrationError> {
+        loop {
+            let (word, at) = self.next(timeout, until, what)?;
+            if let Some(message) = hear(word, at, meter)? {
+                return Ok(message);
+            }
+        }
+    }
+
+    fn next(
+        &self,
+        timeout: Duration,
+        until: Option<Standstill>,
+        what: &'static str,
+    ) -> Result<Word, MigrationError> {
         /// How often to look whether something moves.
         const LOOK: Duration = Duration::from_millis(100);
         let mut unsent = self.channel.unsent();
         let mut still_since = Instant::now();
         loop {
-            match self.words.recv_timeout(LOOK.min(timeout)) {
-                Ok(Ok(ReturnPathMessage::Error(why))) => return Err(MigrationError::Refused(why)),
-                Ok(Ok(message)) => return Ok(message),
-                Ok(Err(e)) => return Err(e.into()),
+            let mut wait = LOOK.min(timeout);
+            if let Some(until) = until {
+                wait = wait.min(until.left());
+            }
+            match self.words.recv_timeout(wait) {
+                Ok(word) => return Ok(word),
                 Err(RecvTimeoutError::Disconnected) => return Err(ReturnPathError::Closed.into()),
                 Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Some(until) = until {
+                until.check(what)?;
             }
             let now_unsent = self.channel.unsent();
             if now_unsent != std::mem::replace(&mut unsent, now_unsent) {
@@ -96,27 +143,24 @@ impl ReturnPath {
             }
         }
     }
+}
 
-    /// Waits for the answer to PING `number`.
-    pub(super) fn wait_for_pong(
-        &self,
-        number: u32,
-        timeout: Duration,
-    ) -> Result<(), MigrationError> {
-        match self.wait(timeout, "not answered")? {
-            ReturnPathMessage::Pong(n) if n == number => Ok(()),
-            other => Err(self.refusal(Ok(other))),
-        }
+/// Takes note of an answer to a PING; gives back what else was said, unless it is that the destination gives up.
+fn hear(
+    word: Result<ReturnPathMessage, ReturnPathError>,
+    at: Instant,
+    meter: &mut BandwidthMeter,
+) -> Result<Option<ReturnPathMessage>, MigrationError> {
+    match word? {
+        ReturnPathMessage::Error(why) => Err(MigrationError::Refused(why)),
+        ReturnPathMessage::Pong(number) if meter.ponged(number, at) => Ok(None),
+        other => Ok(Some(other)),
     }
+}
 
-    /// What a message means that came when none was expected.
-    fn refusal(&self, word: Word) -> MigrationError {
-        match word {
-            Ok(ReturnPathMessage::Error(why)) => MigrationError::Refused(why),
-            Ok(other) => MigrationError::Refused(format!("unexpected answer {other:?}")),
-            Err(e) => e.into(),
-        }
-    }
+/// What a message means that came when none was expected.
+fn unexpected(message: &ReturnPathMessage) -> MigrationError {
+    MigrationError::Refused(format!("unexpected answer {message:?}"))
 }
 
 impl Drop for ReturnPath {

@@ -7,10 +7,10 @@ use vmferry_wire::{Command, DescribedSection, ReturnPathMessage, vm_description}
 
 use super::driver::{Driver, Hold, MACHINE_TYPE};
 use super::precopy::Pace;
-use super::return_path::ReturnPath;
+use super::writer::Flushed;
 use crate::error::{CONNECTION_LOST, MigrationError};
 use crate::run_state;
-use crate::wait::{Wait, Waits};
+use crate::wait::Wait;
 
 impl Driver<'_> {
     /// Sends what is left of the paused guest: pages, then devices.
@@ -43,19 +43,25 @@ impl Driver<'_> {
                 e.vm_description(out, &description)
             })?;
         }
-        self.flush_all()?;
+        match self.bound() {
+            None => self.flush_all()?,
+            Some(bound) => {
+                while self.flush(Some(Instant::now() + bound.left()))? == Flushed::Partly {
+                    bound.check("not taken the state of its devices")?;
+                }
+            }
+        }
         self.publish(tracker);
         Ok(())
     }
 
     /// Waits until the destination has loaded the guest.
-    fn wait_until_loaded(
-        return_path: &ReturnPath,
-        timeout: Duration,
-        waits: &Waits,
-    ) -> Result<(), MigrationError> {
-        let _waiting = waits.begin(Wait::Loaded);
-        match return_path.wait(timeout, "not said that it has loaded the guest")? {
+    fn wait_until_loaded(&mut self, timeout: Duration) -> Result<(), MigrationError> {
+        let bound = self.bound();
+        let _waiting = self.shared.waits.begin(Wait::Loaded);
+        let return_path = self.return_path.as_ref().expect("somebody is asked");
+        let what = "not said that it has loaded the guest";
+        match return_path.wait(&mut self.meter, timeout, bound, what)? {
             ReturnPathMessage::HandoverLoaded => Ok(()),
             other => Err(MigrationError::Refused(format!(
                 "unexpected answer {other:?} instead of a guest that is loaded"
@@ -70,11 +76,11 @@ impl Driver<'_> {
     /// paused here and its user decides. A one-way stream has nobody to ask: what is left to do when all of it is
     /// written is its transport's ([`Outgoing::finish`](crate::transport::Outgoing::finish)).
     pub(super) fn hand_over(&mut self) -> Result<(), MigrationError> {
-        let Some(return_path) = &self.return_path else {
+        if self.return_path.is_none() {
             return Ok(());
-        };
+        }
         let timeout = self.shared.parameters().peer_timeout;
-        let loaded = Self::wait_until_loaded(return_path, timeout, &self.shared.waits);
+        let loaded = self.wait_until_loaded(timeout);
         let given_away = loaded.and_then(|()| match self.shared.give_away() {
             true => Ok(()),
             false => Err(MigrationError::Cancelled),
@@ -96,7 +102,12 @@ impl Driver<'_> {
         self.flush_all().map_err(|e| undecided(e.to_string()))?;
         let return_path = self.return_path.as_ref().expect("checked above");
         let _waiting = self.shared.waits.begin(Wait::Confirmation);
-        match return_path.wait(timeout, "not confirmed that the guest runs") {
+        match return_path.wait(
+            &mut self.meter,
+            timeout,
+            None,
+            "not confirmed that the guest runs",
+        ) {
             Ok(ReturnPathMessage::Shut(0)) => Ok(()),
             Ok(other) => Err(undecided(format!("unexpected answer {other:?}"))),
             Err(e) => Err(undecided(e.to_string())),

@@ -12,8 +12,9 @@ use vmferry_dirty::{
 };
 use vmferry_wire::{Encoder, RamLayout};
 
+use super::bandwidth::BandwidthMeter;
 use super::driver::{Driver, Hold};
-use super::pace::{BandwidthMeter, RateLimiter};
+use super::pace::RateLimiter;
 use super::precopy::{MAX_WAIT, Pace, SliceEnd};
 use super::shared::Shared;
 use super::writer::StreamWriter;
@@ -139,9 +140,9 @@ fn with_driver(parameters: Parameters, test: impl Fn(&mut Driver<'_>, &DirtyTrac
             writer: StreamWriter::new(Encoder::new(layout)),
             return_path: None,
             limiter: RateLimiter::new(Instant::now()),
-            meter: BandwidthMeter::default(),
+            meter: BandwidthMeter::new(),
             hold: Hold::None,
-            pings: 0,
+            pinging: None,
         };
         let tracker = DirtyTracker::start(
             Arc::new(NoLog),

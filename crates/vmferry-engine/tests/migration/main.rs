@@ -10,6 +10,7 @@ mod back_and_forth;
 mod cancel;
 mod convergence;
 mod dirty_rate;
+mod downtime;
 mod files;
 mod hints;
 mod hostile;

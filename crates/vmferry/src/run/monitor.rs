@@ -379,8 +379,10 @@ fn migration_info(info: Info) -> MigrationInfo {
         ram,
         total_time: copying.then(|| millis(info.total_time)),
         // QEMU shows one of the two.
-        expected_downtime: (copying && info.downtime.is_none())
-            .then(|| millis(info.expected_downtime)),
+        expected_downtime: info
+            .expected_downtime
+            .filter(|_| copying && info.downtime.is_none())
+            .map(millis),
         downtime: info.downtime.map(millis),
         setup_time: copying.then(|| millis(info.setup_time)),
         error_desc: info.error,

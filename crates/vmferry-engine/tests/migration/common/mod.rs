@@ -2,6 +2,7 @@
 
 mod arming_log;
 mod recorder;
+mod slow_link;
 mod watched;
 
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use vmferry_engine::{Destination, MigrationError, Parameters, Source, Uri};
 
 pub use arming_log::ArmingLog;
 pub use recorder::Recorder;
+pub use slow_link::{Pace, SlowLink};
 pub use vmferry_testing::backlog::FullBacklog;
 pub use vmferry_testing::proxy::{Effect, Proxy, Way, When};
 pub use vmferry_testing::random::Random;
