@@ -118,3 +118,16 @@ fn during_the_hand_over() {
     guest.hop();
     guest.verifies_all();
 }
+
+/// There is nothing to cancel for who waits for a guest, and that is said at once.
+#[test]
+fn at_the_destination() {
+    let Some(lab) = Lab::new() else { return };
+    let mut there = Vm::start(&lab, &["--memory", "64M", "--incoming", "tcp:127.0.0.1:0"]);
+    there.uri();
+    let words = there.command("cancel", &[]).failed();
+    assert!(words.contains("on its way in"), "{words}");
+    let info = there.info();
+    assert_eq!(info.status, Some(MigrationStatus::Setup));
+    assert_eq!(info.total_time, None);
+}
