@@ -11,6 +11,7 @@ mod hints;
 mod info;
 mod params;
 mod ram;
+pub mod room;
 mod run_state;
 pub mod seam;
 pub mod source;
