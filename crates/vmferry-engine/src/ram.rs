@@ -157,12 +157,28 @@ impl RamBlock {
         }
     }
 
-    /// Gives the memory of a range back to the kernel. The range holds only zeros, and still does afterwards.
+    /// Lets the kernel take the memory of a range back when anybody needs some. Pages that are written from now on are
+    /// kept, the others then read as zeros, which is what they hold now. Fails for shared memory.
+    pub(crate) fn lend(&self, range: PageRange) -> std::io::Result<()> {
+        let memory = self.iovec(range);
+        // SAFETY: the range lies in the mapping, and reads as zeros whether or not the kernel takes it.
+        match unsafe { libc::madvise(memory.iov_base, memory.iov_len, libc::MADV_FREE) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+
+    /// Gives the memory of a range back to the kernel, with what it holds: it reads as zeros afterwards.
     pub(crate) fn release(&self, range: PageRange) {
         let memory = self.iovec(range);
-        // SAFETY: the range lies in the mapping. Private memory reads as zeros afterwards, which is what it
-        // holds; shared memory keeps its content. Failing costs memory only.
-        unsafe { libc::madvise(memory.iov_base, memory.iov_len, libc::MADV_DONTNEED) };
+        // Shared memory has to be dropped from its file. Private memory has none, and is dropped from the mapping.
+        for advice in [libc::MADV_REMOVE, libc::MADV_DONTNEED] {
+            // SAFETY: the range lies in the mapping, and what it holds is not needed. Failing costs memory only.
+            if unsafe { libc::madvise(memory.iov_base, memory.iov_len, advice) } == 0 {
+                return;
+            }
+        }
+        tracing::debug!(error = %std::io::Error::last_os_error(), "guest memory is not given back");
     }
 
     fn page_ptr(&self, page: PageIndex) -> *mut u8 {

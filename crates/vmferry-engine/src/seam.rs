@@ -26,6 +26,9 @@
 //!   (law 1). `vmferry_dirty::VmmWriteLog` is there for the VMM's own writes.
 //! - On a destination, all RAM reads as zero before the first byte of the stream arrives: zero pages that
 //!   come as the first content of a page are not written, so that memory the guest never used stays free.
+//! - On a destination, RAM that is given back to the kernel (`madvise`) reads as zero, as anonymous memory and memfds do, and
+//!   nobody has pinned it: memory in which no data arrives is given back before `load_devices`, and all of it if the stream
+//!   does not come to its end.
 //!
 //! # A toy VMM
 //!

@@ -26,6 +26,18 @@ pub(crate) const BLOCK_NAME: &str = "microvm.ram";
 /// Alignment of the mapping, so that huge pages can back it.
 const HUGE_PAGE: usize = 2 << 20;
 
+/// What the kernel is advised about guest memory, and what for. A guest runs without any of it.
+const ADVICE: [(libc::c_int, &str); 3] = [
+    (libc::MADV_HUGEPAGE, "have huge pages for guest memory"),
+    // A guest's secrets are not for whoever reads the core dumps of this process, and a dump without them fits on a disk.
+    (libc::MADV_DONTDUMP, "leave guest memory out of core dumps"),
+    // A command that is started costs no copy of page tables, and the guest no fault for each page that it writes next.
+    (
+        libc::MADV_DONTFORK,
+        "keep guest memory from child processes",
+    ),
+];
+
 /// Guest memory as the VMM reads and writes it; all its writes are logged.
 pub(crate) type GuestMemory = GuestMemoryMmap<VmmWrites>;
 
@@ -127,10 +139,13 @@ impl Mapping {
             addr: addr.cast(),
             len,
         };
-        // Only advice: a kernel without huge pages runs the guest all the same.
-        // SAFETY: the range is the mapping; the advice does not change its contents.
-        if unsafe { libc::madvise(addr, len, libc::MADV_HUGEPAGE) } != 0 {
-            tracing::debug!(error = %io::Error::last_os_error(), "no huge pages for guest memory");
+        for (advice, purpose) in ADVICE {
+            // SAFETY: the range is the mapping; none of the advice changes its contents, and the child of a fork, which
+            // does not get it, has no use for it: children of this process only execute something else.
+            if unsafe { libc::madvise(addr, len, advice) } != 0 {
+                let error = io::Error::last_os_error();
+                tracing::debug!(%error, "cannot {purpose}");
+            }
         }
         Ok(mapping)
     }
@@ -254,6 +269,40 @@ mod tests {
     use super::*;
     use vm_memory::Bytes;
     use vm_memory::bitmap::Bitmap;
+
+    /// The flags of the mapping that `addr` lies in, by `/proc/self/smaps`.
+    fn flags_of_mapping(addr: u64) -> Vec<String> {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let begins_it = |line: &str| {
+            let range = line.split(' ').next().and_then(|word| word.split_once('-'));
+            let parse = |text| u64::from_str_radix(text, 16).ok();
+            range.is_some_and(|(from, to)| {
+                parse(from).is_some_and(|from| from <= addr)
+                    && parse(to).is_some_and(|to| addr < to)
+            })
+        };
+        let mapping = smaps.lines().skip_while(|line| !begins_it(line));
+        let flags = mapping
+            .filter_map(|line| line.strip_prefix("VmFlags:"))
+            .next();
+        let flags = flags.expect("the mapping is there").split_whitespace();
+        flags.map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn ram_is_neither_dumped_nor_inherited() {
+        for backing in [Backing::Private, Backing::Memfd] {
+            let ram = GuestRam::new(16 << 20, backing).unwrap();
+            let flags = flags_of_mapping(ram.slots[0].host_addr);
+            // proc_pid_smaps(5): do not include in core dump, do not copy on fork.
+            for flag in ["dd", "dc"] {
+                assert!(
+                    flags.iter().any(|one| one == flag),
+                    "{backing:?}: {flags:?}"
+                );
+            }
+        }
+    }
 
     #[test]
     fn the_hole_is_where_qemu_has_it() {

@@ -1,5 +1,6 @@
 //! The destination: receives a guest, and runs it only when the source has given it up.
 
+mod memory;
 mod populate;
 mod reader;
 mod receiver;
@@ -16,7 +17,7 @@ use crate::status::Status;
 use crate::transport::{Listener, TransportError, Uri};
 use crate::wait::{Wait, WaitLog, Waits};
 
-use populate::Populator;
+use populate::Waiting;
 use receiver::Receiver;
 
 /// How long a connected source may be silent on the network (not: on the stream) before the kernel gives
@@ -183,7 +184,7 @@ fn serve(
 fn receive(guest: &dyn Guest, listener: &Listener, shared: &Shared) -> Result<(), MigrationError> {
     let population = populate::Shared::new(guest.ram());
     std::thread::scope(|scope| {
-        let populator = Populator::start(scope, &population).map_err(|source| TransportError {
+        let populating = Waiting::start(scope, &population).map_err(|source| TransportError {
             action: "prepare memory for",
             uri: listener.uri().clone(),
             source,
@@ -193,6 +194,6 @@ fn receive(guest: &dyn Guest, listener: &Listener, shared: &Shared) -> Result<()
         drop(waiting);
         shared.started.get_or_init(Instant::now);
         shared.enter(Status::Active);
-        Receiver::new(guest, &channel, shared, populator)?.run()
+        Receiver::new(guest, &channel, shared, populating.stream_begins())?.run()
     })
 }

@@ -2,16 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use vmferry_dirty::{PAGE_SIZE, PageIndex, PageRange};
+use vmferry_dirty::{PAGE_SIZE, PageIndex};
 use vmferry_wire::{
     Command, Decoder, DeviceState, Event, RamLayout, ReturnPathMessage, StreamError,
 };
 
 use super::Shared;
+use super::memory::Memory;
 use super::populate::Populator;
 use super::reader::StreamReader;
 use crate::error::{CONNECTION_LOST, MigrationError};
-use crate::ram::RamBlock;
 use crate::run_state;
 use crate::seam::{Activity, Guest, GuestError};
 use crate::status::Status;
@@ -39,7 +39,6 @@ pub(super) struct Receiver<'a> {
     shared: &'a Shared,
     stream: Decoder<StreamReader<'a>>,
     memory: Memory<'a>,
-    populator: Populator<'a>,
     /// The source reads a return path: nothing runs before it says so.
     two_way: bool,
     /// When the source's guest was paused, as far as can be seen from here.
@@ -65,8 +64,7 @@ impl<'a> Receiver<'a> {
             channel,
             shared,
             stream: Decoder::new(StreamReader::new(channel, &shared.waits), layout),
-            memory: Memory::new(ram),
-            populator,
+            memory: Memory::new(ram, populator),
             two_way: false,
             paused_since: None,
             described: false,
@@ -77,8 +75,14 @@ impl<'a> Receiver<'a> {
 
     /// Receives the guest and starts it, or says why not.
     pub(super) fn run(mut self) -> Result<(), MigrationError> {
-        self.populator.stream_begins();
-        let result = self.receive().and_then(|()| self.take_over());
+        let result = match self.receive() {
+            Ok(()) => self.take_over(),
+            // The guest is at its source, and what has come of it is of no use.
+            Err(error) => {
+                self.memory.forget();
+                Err(error)
+            }
+        };
         if self.two_way {
             self.say_goodbye(&result);
         }
@@ -104,6 +108,7 @@ impl<'a> Receiver<'a> {
     /// Reads the stream up to the point where the guest is complete here.
     fn receive(&mut self) -> Result<(), MigrationError> {
         let mut updated = Instant::now();
+        let mut pages_in_part = 0;
         loop {
             // Pages first: they are nearly everything.
             match self.stream.next()? {
@@ -113,17 +118,19 @@ impl<'a> Receiver<'a> {
                     data,
                 } => {
                     let page = PageIndex(offset as usize / PAGE_SIZE);
-                    self.populator.data_arrives(block, page);
                     self.memory.page(block, page, data);
+                    pages_in_part += 1;
                 }
                 Event::ZeroPage { block, offset } => {
                     let page = PageIndex(offset as usize / PAGE_SIZE);
-                    let memory = &mut self.memory;
-                    memory.zero_page(block, page);
-                    self.populator
-                        .zeros_arrive(block, page, |block, range| memory.has_data(block, range));
+                    self.memory.zero_page(block, page);
+                    pages_in_part += 1;
                 }
-                Event::RamPartEnd { .. } => {
+                Event::RamPartEnd { last } => {
+                    // So the source says that a pass is over.
+                    if std::mem::take(&mut pages_in_part) == 0 && !last {
+                        self.memory.pass_ends();
+                    }
                     if updated.elapsed() >= UPDATE_INTERVAL {
                         updated = Instant::now();
                         self.publish();
@@ -145,7 +152,7 @@ impl<'a> Receiver<'a> {
             Command::Ping(number) => self.answer(&ReturnPathMessage::Pong(number))?,
             Command::SwitchoverStart => {
                 self.paused_since = Some(Instant::now());
-                self.populator.stop();
+                self.memory.switch_over();
                 self.shared.enter(Status::Device);
             }
             // The decoder lets them pass only where `take_over` waits for them.
@@ -178,6 +185,8 @@ impl<'a> Receiver<'a> {
             }
         };
         let loading = self.shared.waits.begin(Wait::Machine);
+        // Loading may write to guest memory.
+        self.memory.complete();
         self.guest.load_devices(&self.devices)?;
         if !self.two_way {
             self.guest.check_snapshot()?;
@@ -240,56 +249,11 @@ impl<'a> Receiver<'a> {
     }
 
     fn publish(&self) {
-        let (normal, duplicate) = (self.memory.normal, self.memory.zero);
+        let (normal, duplicate) = (self.memory.normal(), self.memory.zero());
         self.shared.update(|info| {
             info.ram.transferred = self.stream.consumed();
             info.ram.normal = normal;
             info.ram.duplicate = duplicate;
         });
-    }
-}
-
-/// Guest RAM as it fills.
-struct Memory<'a> {
-    ram: &'a [RamBlock],
-    /// One bit for each page that has been given content. The others are still zero, as the seam promises,
-    /// and a zero page there need not be written: memory that the guest never used stays free.
-    written: Vec<Vec<u64>>,
-    normal: u64,
-    zero: u64,
-}
-
-impl<'a> Memory<'a> {
-    fn new(ram: &'a [RamBlock]) -> Self {
-        Memory {
-            ram,
-            written: ram
-                .iter()
-                .map(|b| vec![0; b.pages().div_ceil(64)])
-                .collect(),
-            normal: 0,
-            zero: 0,
-        }
-    }
-
-    #[inline]
-    fn page(&mut self, block: usize, page: PageIndex, data: &[u8; PAGE_SIZE]) {
-        self.written[block][page.0 / 64] |= 1 << (page.0 % 64);
-        self.ram[block].write_page(page, data);
-        self.normal += 1;
-    }
-
-    #[inline]
-    fn zero_page(&mut self, block: usize, page: PageIndex) {
-        if self.written[block][page.0 / 64] >> (page.0 % 64) & 1 == 1 {
-            self.ram[block].write_zeros(page);
-        }
-        self.zero += 1;
-    }
-
-    /// Whether a page of `range`, which begins and ends with a word of the bitmap, was given content.
-    fn has_data(&self, block: usize, range: PageRange) -> bool {
-        let words = range.start.0 / 64..range.end.0.div_ceil(64);
-        self.written[block][words].iter().any(|&word| word != 0)
     }
 }

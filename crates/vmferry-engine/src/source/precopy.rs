@@ -74,6 +74,12 @@ impl Driver<'_> {
                     .update(|info| info.tracking.arming += start.elapsed());
             }
             self.pass(tracker, Pace::Limited)?;
+            // A part without pages says that the pass is over: the destination gives back what it has prepared in vain
+            // while the guest still runs.
+            self.writer.put(|e, out| {
+                e.ram_part(out);
+                e.end_of_ram_records(out);
+            });
             self.wait_until_received()?;
             if let Some(questions) = &questions {
                 questions.stop();

@@ -13,6 +13,7 @@ use std::sync::mpsc::{Sender, channel};
 use anyhow::{anyhow, bail};
 use vmferry_control::schema::{Event, ShutdownCause, ShutdownData};
 use vmferry_control::{EventBus, QmpServer};
+use vmferry_engine::room::Room;
 use vmferry_vmm::{Backing, KernelSource, Machine, MachineConfig, MachineEvent, OnEvent, OnReset};
 
 use crate::cli::{self, Incoming, Kernel};
@@ -58,6 +59,7 @@ pub fn run(options: cli::Run, signals: Signals) -> anyhow::Result<()> {
         exit.clone(),
         balloon::changes(events.clone())?,
     );
+    warn_of_little_memory(options.memory);
     let machine = Machine::new(config(&options), on_event)?;
     if options.allow_changed_disks {
         machine.accept_changed_disks();
@@ -97,6 +99,21 @@ pub fn run(options: cli::Run, signals: Signals) -> anyhow::Result<()> {
     drop(server);
     migrations.end();
     result
+}
+
+/// Says so if a guest has more memory than this process can ever get.
+fn warn_of_little_memory(guest: u64) {
+    match Room::look() {
+        Ok(room) if room.tightest().limit < guest => note(format!(
+            "vmferry: the guest has {} MiB of memory, this process may use {} MiB (by {}): the kernel ends it if the guest uses \
+             more",
+            guest >> 20,
+            room.tightest().limit >> 20,
+            room.tightest().source,
+        )),
+        Ok(_) => {}
+        Err(error) => tracing::debug!("cannot tell how much memory there is: {error}"),
+    }
 }
 
 fn config(options: &cli::Run) -> MachineConfig {
