@@ -17,13 +17,15 @@ const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 const IA32_MTRRCAP: u32 = 0xfe;
 /// How many banks of machine checks there are (lowest byte).
 const IA32_MCG_CAP: u32 = 0x179;
+/// How many MSRs KVM reads or writes in one call: its limit (`MAX_IO_MSRS`, 256) is itself one too many.
+const MOST_AT_ONCE: usize = KVM_MAX_MSR_ENTRIES - 1;
 /// Hyper-V's, which is not offered either; some of them act when written.
 const HYPER_V: std::ops::Range<u32> = 0x4000_0000..0x4000_0200;
 
 fn entries(msrs: &[kvm_msr_entry]) -> Result<Msrs, MachineError> {
     Msrs::from_entries(msrs).map_err(|_| {
         MachineError::Misfit(format!(
-            "{} MSRs are too many: KVM knows at most {KVM_MAX_MSR_ENTRIES}",
+            "{} MSRs are too many: KVM takes at most {MOST_AT_ONCE} at once",
             msrs.len()
         ))
     })
@@ -38,7 +40,7 @@ fn for_all(
 ) -> Result<(), MachineError> {
     let mut at = 0;
     while at < msrs.len() {
-        let end = msrs.len().min(at + KVM_MAX_MSR_ENTRIES);
+        let end = msrs.len().min(at + MOST_AT_ONCE);
         let mut rest = entries(&msrs[at..end])?;
         let done = operation(&mut rest)?.min(end - at);
         msrs[at..at + done].copy_from_slice(&rest.as_slice()[..done]);
@@ -95,8 +97,8 @@ pub(crate) fn check(msrs: &[kvm_msr_entry], saved: &[u32]) -> Result<(), Machine
     Ok(())
 }
 
-/// Writes MSRs, those of them that this machine saves. One that KVM refuses may keep its power-on value if the guest has never used it (it is zero);
-/// otherwise the guest would miss it, and that is an error.
+/// Writes MSRs, those of them that this machine saves. One that KVM refuses may keep its power-on value if the guest has
+/// never used it (it is zero); otherwise the guest would miss it, and that is an error.
 pub(crate) fn write(
     fd: &VcpuFd,
     msrs: &[kvm_msr_entry],
@@ -173,4 +175,25 @@ pub(crate) fn to_save(fd: &VcpuFd, listed: &[u32]) -> Result<Vec<u32>, MachineEr
         .map(|msr| msr.index)
         .filter(|index| !refused.contains(index))
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_ioctls::Kvm;
+
+    use super::*;
+
+    #[test]
+    fn more_msrs_than_one_call_takes_are_read_in_several() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("SKIPPED: /dev/kvm is missing or not usable");
+            return;
+        };
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        for number in [MOST_AT_ONCE, KVM_MAX_MSR_ENTRIES, 3 * KVM_MAX_MSR_ENTRIES] {
+            let read = read(&vcpu, &vec![IA32_TSC; number]).unwrap();
+            assert_eq!(read.len(), number);
+        }
+    }
 }
