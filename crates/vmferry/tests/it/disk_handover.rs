@@ -120,7 +120,7 @@ fn the_destination_is_killed_before_its_word_is_heard() {
     assert_ne!(destination.run_state(), RunState::Running);
     destination.kill();
     let why = fails(&mut guest.vm);
-    let part = "not said that it has loaded the guest for";
+    let part = "not said that it has loaded the guest";
     assert!(why.contains(part), "{why}");
     guest.runs_on();
     assert_alone(&mut guest.vm, None, &image);
