@@ -66,7 +66,7 @@ fn the_word_that_it_is_loaded_is_lost() {
         (Effect::Cut, "closed the channel"),
         (
             nothing_comes_back,
-            "not said that it has loaded the guest for",
+            "not said that it has loaded the guest",
         ),
     ] {
         let mut destination = guest.tcp_destination();
