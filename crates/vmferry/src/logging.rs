@@ -180,7 +180,8 @@ fn filter() -> anyhow::Result<EnvFilter> {
             None if directive.chars().all(char::is_alphanumeric) => directive,
             None => continue,
         };
-        if level.parse::<LevelFilter>().is_err() {
+        // An empty one would be read as "error".
+        if level.is_empty() || level.parse::<LevelFilter>().is_err() {
             bail!("{VARIABLE}={wanted}: there is no level '{level}': {help}");
         }
     }
