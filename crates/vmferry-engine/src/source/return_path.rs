@@ -54,10 +54,11 @@ impl ReturnPath {
     pub(super) fn check(&self, meter: &mut BandwidthMeter) -> Result<(), MigrationError> {
         loop {
             match self.words.try_recv() {
-                Ok((word, at)) => match hear(word, at, meter)? {
-                    Some(other) => return Err(unexpected(&other)),
-                    None => {}
-                },
+                Ok((word, at)) => {
+                    if let Some(other) = hear(word, at, meter)? {
+                        return Err(unexpected(&other));
+                    }
+                }
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Ok(()),
             }
         }
