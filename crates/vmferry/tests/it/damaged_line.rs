@@ -64,10 +64,7 @@ fn the_word_that_it_is_loaded_is_lost() {
     let nothing_comes_back = Effect::Stall(Way::Back);
     for (effect, part) in [
         (Effect::Cut, "closed the channel"),
-        (
-            nothing_comes_back,
-            "not said that it has loaded the guest",
-        ),
+        (nothing_comes_back, "not said that it has loaded the guest"),
     ] {
         let mut destination = guest.tcp_destination();
         let proxy = Proxy::to(destination.uri())
