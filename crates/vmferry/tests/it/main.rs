@@ -28,6 +28,7 @@ mod qemu_qmp;
 mod resident;
 mod second_runner;
 mod signals;
+mod soak;
 mod there_and_back;
 mod transports;
 mod waits;
