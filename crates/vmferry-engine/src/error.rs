@@ -52,7 +52,7 @@ pub enum MigrationError {
     /// The guest stood still for too long, and was taken back.
     #[error(
         "the guest stood still for {} ms, and the destination has {what}: it goes on where it was. A pause may take 3 times \
-         the downtime-limit ({} ms), and a second at least; is the network or the destination too slow?",
+         the downtime-limit ({} ms), and two seconds at least; is the network or the destination too slow?",
         time.as_millis(), limit.as_millis()
     )]
     PauseTooLong {

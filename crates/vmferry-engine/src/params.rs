@@ -29,10 +29,10 @@ pub struct Parameters {
 const PAUSE_BOUND: u32 = 3;
 
 /// However short the limit, a pause that is over within this time is not worth a migration.
-const SHORTEST_PAUSE_BOUND: Duration = Duration::from_secs(1);
+const SHORTEST_PAUSE_BOUND: Duration = Duration::from_secs(2);
 
 impl Parameters {
-    /// How long a guest may stand still before it is given away: three times the downtime limit, and a second at least.
+    /// How long a guest may stand still before it is given away: three times the downtime limit, and two seconds at least.
     /// Then the source takes it back, and the migration fails. The time in which the migration waits for its user
     /// (`pause_before_switchover`) does not count, nor that in which a one-way stream is completed: a file that gets to
     /// its disk, a command that ends.
