@@ -76,7 +76,7 @@ fn nothing_is_lost_under(discipline: &str) {
             // Many chunks, each armed by itself.
             "x-vmferry-arming-chunk": 256 << 10,
             // Less than is dirty in a pass, so that hints come while there is something left to spare.
-            "max-bandwidth": 20 << 20,
+            "max-bandwidth": 64 << 20,
         }));
         spared += migrate_after(&mut guest, ROUNDS_A_MIGRATION);
         migrations += 1;
