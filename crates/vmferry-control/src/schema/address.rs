@@ -58,7 +58,7 @@ pub struct MigrateIncoming {
     pub uri: Uri,
     /// Whether the process ends if the migration fails; QEMU's default is yes.
     pub exit_on_error: bool,
-    /// Whether a snapshot is taken whose disks have changed since. Not QEMU's.
+    /// Resume a snapshot even if its disks have changed since it was taken. QEMU does not have this.
     pub x_vmferry_allow_changed_disks: bool,
 }
 

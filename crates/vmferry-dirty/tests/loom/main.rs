@@ -11,7 +11,7 @@
 //! | [`a_slice_that_begins_inside_a_word_sees_what_was_written`] | the same, where a slice goes on inside a word | law 1 |
 //! | [`beside::a_sync_beside_a_pass`] | a sync, a pass that arms, a guest that writes what was just read | laws 1 and 3 |
 //! | [`beside::a_sync_and_a_round_of_hints_beside_a_pass`] | the same, the begin of a round, a hint | laws 1, 3 and 4 |
-//! | [`beside::an_arming_beside_a_pass`] | two threads that arm one chunk, a guest that writes | laws 1 and 3 |
+//! | [`beside::an_arming_beside_a_pass`] | two threads that arm one chunk, a guest that writes | laws 1 and 3; it does not reach the moment at which a weaker memory order would show (see docs/mutants.md) |
 //! | [`beside::a_write_of_the_vmm_beside_a_sync_and_a_pass`] | a device, a sync, a pass | law 1 for the VMM's own writes |
 //! | [`hints::a_page_in_use_again_is_not_lost`] | arming passes and a sync, a guest that hints and then writes | laws 1, 3 and 4 |
 //! | [`hints::a_page_in_use_again_before_it_was_heard_is_not_lost`] | the same, a guest that writes and is heard later | law 4 |

@@ -156,7 +156,7 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// Whether a page of `range`, which begins and ends with a word of the bitmap, holds data.
+    /// Returns whether a page of `range` holds data. The range begins and ends with a word of the bitmap.
     fn has_data(&self, block: usize, range: PageRange) -> bool {
         let words = range.start.0 / 64..range.end.0.div_ceil(64);
         self.holds_data[block][words].iter().any(|&word| word != 0)

@@ -237,7 +237,7 @@ struct Thread<'a> {
     shared: &'a Shared<'a>,
     /// Bytes that may be populated before the next look at how much room there is.
     allowed: u64,
-    /// Whether a control group sets a limit, as of the last look.
+    /// True if a control group set a limit when we last looked.
     limited: bool,
     /// Bytes that have been lent.
     lent: u64,
